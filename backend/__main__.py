@@ -1,0 +1,5 @@
+"""``python -m backend`` is the command ``geoprelabel``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,293 @@
+"""Images and prompts in, outlines out: the models in memory, their embeddings, and whose turn it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import vectorize
+from .errors import BackendError, UnknownVersion
+from .flight import Gate, SingleFlight
+from .registry import ModelVersion, Registry
+from .segmenter import DenseMaps, Embedding, Prompts, Segmenter
+from .settings import Settings
+from .tile import Region
+from .vectorize import VectorizeOptions
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 1.0
+"""How often the registry is asked for promotions, in seconds."""
+
+BATCH, INTERACTIVE = 0, 1
+"""Urgency of work: a person waits for the second."""
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A segmenter whose dense heads can be replaced by a project's own."""
+
+    @property
+    def base_version(self) -> str:
+        """Version of the weights that make embeddings."""
+        ...
+
+    def with_heads(self, path: Path) -> Segmenter:
+        """The same network with other heads. Raises BadWeights."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready, and the name that Label Studio knows it by."""
+
+    segmenter: Segmenter
+    version: str
+
+
+class Predictor:
+    """Serves all projects from one base model and their own heads. Safe to call from several threads."""
+
+    def __init__(self, settings: Settings, registry: Registry, *, segmenter: Segmenter | None = None) -> None:
+        """Nothing is loaded before `start`. ``segmenter`` takes the place of the one that settings name."""
+        self._settings = settings
+        self._registry = registry
+        self._base: Future[Segmenter] = Future()
+        self._given = segmenter
+        self._champions: Mapping[str, ModelVersion] = {}
+        self._champions_read = threading.Event()
+        self._models: OrderedDict[str, Loaded] = OrderedDict()
+        self._models_lock = threading.Lock()
+        self._embeddings = EmbeddingCache(settings.embedding_cache_mb * 2**20)
+        self._embedding_flights: SingleFlight[Embedding] = SingleFlight()
+        self.gate = Gate()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Load the base model and follow promotions, in the background."""
+        self._threads = [
+            threading.Thread(target=self._load_base, name="load-model", daemon=True),
+            threading.Thread(target=self._follow_promotions, name="follow-promotions", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the background threads."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the base model is loaded and promotions are known."""
+        return self._base.done() and not self._base.exception() and self._champions_read.is_set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until predictions can be made. Raises BackendError where that takes longer, or why it never will."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._base.result(timeout_s)
+        except TimeoutError as error:
+            raise BackendError("the model is still loading; try again in a few seconds") from error
+        if not self._champions_read.wait(max(deadline - time.monotonic(), 0)):
+            raise BackendError("the model registry has not answered yet; try again in a few seconds")
+
+    def refresh(self) -> None:
+        """Look for promotions now rather than within a second."""
+        self._champions = self._registry.champions()
+        self._champions_read.set()
+
+    def base_version(self) -> str:
+        """Name of the shipped weights."""
+        return self._base.result().version
+
+    def version(self, project: str) -> str:
+        """Name of the weights that are live for the project; changes exactly when they do."""
+        return self.model(project).version
+
+    def model(self, project: str) -> Loaded:
+        """The model that is live for the project. Of a damaged version the shipped weights take the place."""
+        base = self._base.result()
+        champion = self._champions.get(project)
+        if champion is None:
+            return Loaded(base, base.version)
+        with self._models_lock:
+            if champion.name in self._models:
+                self._models.move_to_end(champion.name)
+                return self._models[champion.name]
+        try:
+            if not isinstance(base, Trainable):
+                raise UnknownVersion(f"{base.version} takes no heads of a project")
+            loaded = Loaded(base.with_heads(champion.heads_path), champion.name)
+        except (BackendError, OSError) as error:
+            log.error(
+                "version %s of project %s cannot be loaded (%s); serving %s",
+                champion.name,
+                project,
+                error,
+                base.version,
+            )
+            loaded = Loaded(base, base.version)
+        with self._models_lock:
+            self._models[champion.name] = loaded
+            while len(self._models) > 32:
+                self._models.popitem(last=False)
+        return loaded
+
+    def embed(self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, *, urgency: int = BATCH) -> Embedding:
+        """The image's embedding, from memory where it was made before. ``key`` names the image's content."""
+        base = getattr(model.segmenter, "base_version", model.segmenter.version)
+        cached = self._embeddings.get((key, base))
+        if cached is not None:
+            return cached
+
+        def compute() -> Embedding:
+            with self.gate.entered(urgency=urgency):
+                embedding = model.segmenter.embed(image_rgb)
+            self._embeddings.put((key, base), embedding)
+            return embedding
+
+        return self._embedding_flights.do((key, base), compute)
+
+    def automatic(
+        self,
+        model: Loaded,
+        image_rgb: NDArray[np.uint8],
+        key: str,
+        labels: Mapping[str, str],
+        *,
+        options: VectorizeOptions,
+        min_score: float,
+        urgency: int = BATCH,
+    ) -> list[Region]:
+        """Outlines of everything in the image that the model knows.
+
+        ``labels`` gives, for each class of the model that is wanted, the label it gets. Objects below ``min_score``
+        are left out. Parts of one object share an ``object_id``.
+        """
+        if not labels:
+            return []
+        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=urgency), urgency)
+        regions: list[Region] = []
+        for known, label in labels.items():
+            for number, instance in enumerate(vectorize.instances(dense, known, options=options)):
+                if instance.score >= min_score:
+                    tie = f"{known}-{number}" if len(instance.polygons) > 1 else ""
+                    regions += [Region(p, label, instance.score, object_id=tie) for p in instance.polygons]
+        return regions
+
+    def prompted(
+        self,
+        model: Loaded,
+        image_rgb: NDArray[np.uint8],
+        key: str,
+        prompts: Prompts,
+        *,
+        options: VectorizeOptions,
+    ) -> list[Region]:
+        """The outline of the object that clicks and box mean, without a label; its parts share an ``object_id``."""
+        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE)
+        with self.gate.entered(urgency=INTERACTIVE):
+            masks = model.segmenter.segment(embedding, prompts)
+        polygons = vectorize.polygons(masks.probabilities[0], options=options)
+        tie = "prompted" if len(polygons) > 1 else ""
+        return [Region(polygon, "", float(masks.scores[0]), object_id=tie) for polygon in polygons]
+
+    def class_of(
+        self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, regions: list[Region], labels: Mapping[str, str]
+    ) -> str | None:
+        """The label whose class is likeliest under the outlines, of those in ``labels``; None where none is likely."""
+        if not labels or not regions:
+            return None
+        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=INTERACTIVE), INTERACTIVE)
+        height, width = dense.probabilities.shape[1:]
+        inside = vectorize.rasterize([region.polygon for region in regions], height, width)
+        if not inside.any():
+            return None
+        means = {
+            labels[known]: float(dense.probabilities[number][inside].mean())
+            for number, known in enumerate(dense.labels)
+            if known in labels
+        }
+        best = max(means, key=means.__getitem__, default=None)
+        return best if best is not None and means[best] >= 0.25 else None
+
+    def _dense(self, model: Loaded, embedding: Embedding, urgency: int) -> DenseMaps:
+        with self.gate.entered(urgency=urgency):
+            return model.segmenter.dense(embedding)
+
+    def _load_base(self) -> None:
+        try:
+            self._base.set_result(self._given or load_segmenter(self._settings))
+        except Exception as error:
+            log.exception("the model cannot be loaded")
+            self._base.set_exception(error)
+
+    def _follow_promotions(self) -> None:
+        seen: object = object()
+        while not self._stop.is_set():
+            try:
+                now = self._registry.fingerprint()
+                if now != seen:
+                    self.refresh()
+                    seen = now
+            except Exception:
+                log.exception("the model registry cannot be read; serving the versions known so far")
+            self._stop.wait(REFRESH_S)
+
+
+class EmbeddingCache:
+    """The embeddings used last, bounded by the memory they take."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._items: OrderedDict[tuple[str, str], Embedding] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> Embedding | None:
+        """The embedding of that image and those weights, or None."""
+        with self._lock:
+            found = self._items.get(key)
+            if found is not None:
+                self._items.move_to_end(key)
+            return found
+
+    def put(self, key: tuple[str, str], embedding: Embedding) -> None:
+        """Keep an embedding, at the cost of those not used for longest."""
+        with self._lock:
+            old = self._items.pop(key, None)
+            self._bytes += embedding.nbytes - (old.nbytes if old else 0)
+            self._items[key] = embedding
+            while self._bytes > self._max_bytes and self._items:
+                _, dropped = self._items.popitem(last=False)
+                self._bytes -= dropped.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in use, in bytes."""
+        return self._bytes
+
+
+def load_segmenter(settings: Settings) -> Segmenter:
+    """The segmenter that settings name. Raises BadWeights, or BackendError where there is none of that name yet."""
+    if settings.segmenter == "compact":
+        # torch takes a second to import: not before it is needed.
+        from .compact import CompactSegmenter
+
+        return CompactSegmenter.load(device=settings.device)
+    raise BackendError(
+        f"GEOPRELABEL_SEGMENTER={settings.segmenter} is not in this release yet; compact is the one that is"
+    )
