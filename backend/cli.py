@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -260,6 +261,8 @@ def train(
     if not number.isdigit():
         raise BadRequest(f"--project must be Label Studio's project number, got {project!r}")
     if queued:
+        # Annotators' clicks come first.
+        os.nice(10)
         Jobs(settings).work(project, lambda progress: fit.fit_queued(settings, int(number), progress))
         return
     with _bar("training") as show:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,9 @@ class Predictor:
         self._registry = registry
         self._base: Future[Segmenter] = Future()
         self._given = segmenter
+        self._versions: Sequence[ModelVersion] = ()
         self._champions: Mapping[str, ModelVersion] = {}
-        self._champions_read = threading.Event()
+        self._versions_read = threading.Event()
         self._models: OrderedDict[str, Loaded] = OrderedDict()
         self._models_lock = threading.Lock()
         self._embeddings = EmbeddingCache(settings.embedding_cache_mb * 2**20)
@@ -92,7 +93,7 @@ class Predictor:
     @property
     def is_ready(self) -> bool:
         """Whether the base model is loaded and promotions are known."""
-        return self._base.done() and not self._base.exception() and self._champions_read.is_set()
+        return self._base.done() and not self._base.exception() and self._versions_read.is_set()
 
     def wait(self, timeout_s: float) -> None:
         """Wait until predictions can be made. Raises BackendError where that takes longer, or why it never will."""
@@ -101,13 +102,19 @@ class Predictor:
             self._base.result(timeout_s)
         except TimeoutError as error:
             raise BackendError("the model is still loading; try again in a few seconds") from error
-        if not self._champions_read.wait(max(deadline - time.monotonic(), 0)):
+        if not self._versions_read.wait(max(deadline - time.monotonic(), 0)):
             raise BackendError("the model registry has not answered yet; try again in a few seconds")
 
     def refresh(self) -> None:
         """Look for promotions now rather than within a second."""
-        self._champions = self._registry.champions()
-        self._champions_read.set()
+        self._versions = self._registry.versions()
+        self._champions = {version.project: version for version in self._versions if version.is_champion}
+        self._versions_read.set()
+
+    @property
+    def versions(self) -> Sequence[ModelVersion]:
+        """All versions of all projects as of the last look at the registry, newest first."""
+        return self._versions
 
     def base_version(self) -> str:
         """Name of the shipped weights."""

@@ -152,7 +152,9 @@ class Service:
     def versions(self, project: str | None = None) -> list[str]:
         """Names of all model versions, newest first, the shipped weights last."""
         self.predictor.wait(LOADING_S)
-        return [v.name for v in self.registry.versions(project)] + [self.predictor.base_version()]
+        # As last seen: asking the registry takes as long as its database does, and Label Studio waits three seconds.
+        names = [v.name for v in self.predictor.versions if project in (None, v.project)]
+        return [*names, self.predictor.base_version()]
 
     def status(self) -> Json:
         """How everything stands, for people and monitors; nothing secret."""
@@ -168,7 +170,7 @@ class Service:
             "versions": [
                 {"project": v.project, "name": v.name, "live": v.is_champion, "created": v.created.isoformat(),
                  "parent": v.parent, "metrics": dict(v.metrics), "note": v.tags.get("note", "")}
-                for v in (self.registry.versions() if ready else [])
+                for v in self.predictor.versions
             ],
             "training": {project: {"state": run.state, "message": run.message, "progress": run.progress,
                                    "started": run.started, "finished": run.finished, "version": run.version,

@@ -138,6 +138,15 @@ class BackendServer:
             time.sleep(0.5)
         raise BackendFailed(f"training of project {project} took over {timeout_s:.0f} s")
 
+    def wait_for_version(self, name: str, *, timeout_s: float = 30) -> list[str]:
+        """All version names, once that one is among them: servers look for new ones every second."""
+        deadline = time.monotonic() + timeout_s
+        while name not in (versions := self.get("/versions")["versions"]):
+            if time.monotonic() > deadline:
+                raise BackendFailed(f"version {name} is not among {', '.join(versions)} after {timeout_s:.0f} s")
+            time.sleep(0.2)
+        return list(versions)
+
 
 def _free_port() -> int:
     with socket.socket() as probe:

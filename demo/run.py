@@ -174,7 +174,7 @@ class Checks:
         self.api.start_training(self.backend_id)
         state = self.backend.wait_for_training(str(self.project), since=begun)
         _must(state["state"] == "done", f"training: {state['message']}")
-        after = self.backend.get("/versions")["versions"]
+        after = self.backend.wait_for_version(state["version"])
         _must(len(after) == len(before) + 1, f"a new model version is listed: {state['version']}")
 
     def export(self, accepted: list[dict[str, Any]]) -> None:
