@@ -46,12 +46,14 @@ setup: $(SETUP)
 
 # torch comes first and by pip, which takes the build that suits the machine: a wheel from its find-links, the CPU build
 # of TORCH_INDEX, or the registry's with the CUDA packages that this one asks for. The lock names none of those, so the
-# second step leaves torch alone. `--no-deps`, because pip knows no overrides for label-studio-ml's pins.
+# second step leaves torch alone. `--no-deps`, because pip knows no overrides for label-studio-ml's pins. `compileall` uses
+# all processors, where pip compiles on one; it ends with 1 for the few files that packages ship for other Pythons.
 $(SETUP): requirements.txt pyproject.toml | .venv/bin/python
 	@echo "Installing $$(grep '^torch==' requirements.txt) and $$(grep -c '^[a-z]' requirements.txt) packages into .venv"
-	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --constraint requirements.txt "$$(grep '^torch==' requirements.txt)"
-	@$(PIP) install --no-deps --requirement requirements.txt
+	@$(PIP) install --no-compile $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --constraint requirements.txt "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) install --no-compile --no-deps --requirement requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PY) -m compileall -q -j 0 .venv/lib >/dev/null || true
 	@touch $@
 
 $(DEV): requirements-dev.txt $(SETUP)
@@ -63,7 +65,7 @@ $(DEV): requirements-dev.txt $(SETUP)
 .PHONY: label-studio
 label-studio: $(LABEL_STUDIO)
 
-.venv-label-studio/installed-from.txt: requirements-label-studio.txt | $(SETUP)
+.venv-label-studio/installed-from.txt: requirements-label-studio.txt | .venv/bin/python
 	@echo "Installing $$(grep '^label-studio==' requirements-label-studio.txt) into .venv-label-studio"
 	@$(PY) -c 'from demo.label_studio import install; install()'
 	@touch $@
@@ -104,13 +106,15 @@ bench: $(DEV)
 	@set -e; for script in $(BENCH); do echo "== $$script"; $(PY) "$$script"; done
 
 ## make weights DATA=folder   train the shipped weights anew   (WEIGHTS_ARGS="--minutes 120 --resume")
-.PHONY: weights
-weights: $(DEV)
+.PHONY: weights data-is-given
+weights: data-is-given $(DEV)
+	@$(PY) model_weights/train.py --data "$(DATA)" $(WEIGHTS_ARGS)
+
+data-is-given:
 	@if [ -z "$(DATA)" ]; then \
 	    echo "make weights needs DATA=folder: a folder of folders of labelled imagery (model_weights/train.py says what is read)" >&2; \
 	    exit 2; \
 	fi
-	@$(PY) model_weights/train.py --data "$(DATA)" $(WEIGHTS_ARGS)
 
 ## make lock                  choose versions anew for the three locks; kept where they still fit   (LOCK_ARGS=--upgrade)
 CUDA := cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton

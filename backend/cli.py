@@ -60,16 +60,21 @@ def _fail(sentence: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 def _settings(**overrides: Any) -> Settings:
@@ -126,6 +131,9 @@ def ingest(
     tile_size: Annotated[int, typer.Option(min=64, max=4096, help="Side of a tile, in pixels.")] = 512,
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbours share.")] = 64,
     grid: Annotated[str, typer.Option(help="native, or webmercator")] = "native",
+    zoom: Annotated[
+        int | None, typer.Option(help="Zoom of the web-mercator grid; empty: that of the pixel size.")
+    ] = None,
     bands: Annotated[str, typer.Option(help="Bands to show as red, green, blue, e.g. 4,3,2.")] = "",
     format: Annotated[str, typer.Option(help="jpg, png or webp")] = "jpg",
     image_url_prefix: Annotated[str, typer.Option(help="Where browsers find the tiles; empty: this backend.")] = "",
@@ -143,7 +151,7 @@ def ingest(
         chosen = tuple(int(band) for band in bands.split(",")) if bands else None
     except ValueError as error:
         raise BadRequest(f"--bands must be numbers such as 1,2,3, got {bands!r}") from error
-    options = IngestOptions(tile_size=tile_size, overlap=overlap, bands=chosen, format=format, grid=grid)
+    options = IngestOptions(tile_size=tile_size, overlap=overlap, bands=chosen, format=format, grid=grid, zoom=zoom)
     with _bar("cutting tiles") as show:
         report = run(
             scenes, settings.data_dir, tiles_url=image_url_prefix or settings.tiles_url, options=options, progress=show
@@ -284,6 +292,9 @@ def export(
     merge_seams: Annotated[
         bool, typer.Option("--merge-seams/--no-merge-seams", help="Join objects cut by tiles.")
     ] = True,
+    allow_ballpark: Annotated[
+        bool, typer.Option("--allow-ballpark", help="Also where PROJ's way to EPSG:4326 is coarser than a pixel.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write a report as an HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -298,7 +309,7 @@ def export(
     if (project is None) == (annotations is None):
         raise typer.BadParameter("give --project N or --annotations EXPORT.json")
     settings = _settings()
-    options = ExportOptions(on_invalid=on_invalid, merge_seams=merge_seams)
+    options = ExportOptions(on_invalid=on_invalid, merge_seams=merge_seams, allow_ballpark=allow_ballpark)
     with _bar("exporting"), annotated_tasks(settings, project, annotations) as (tasks, label_config):
         done = run(tasks, out, options=options, label_config=label_config, report_path=report)
     _print(asdict(done), as_json, done.sentence())

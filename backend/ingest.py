@@ -131,10 +131,10 @@ class Stretch:
         """Scene values, (bands, rows, columns), to image values of the same shape; what is no number becomes 0."""
         if self.kind == "none":
             return values.astype(np.uint8)
-        low = np.asarray(self.low, np.float32)[:, None, None]
-        high = np.asarray(self.high, np.float32)[:, None, None]
-        scaled = (np.nan_to_num(values.astype(np.float32), nan=-np.inf) - low) * (255.0 / (high - low))
-        image: NDArray[np.uint8] = np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
+        low, high = (np.asarray(ends, np.float64)[:, None, None] for ends in (self.low, self.high))
+        # Clipped before they are scaled: a stray 1e38 overflows.
+        within = np.clip(np.where(np.isnan(values), low, values), low, high)
+        image: NDArray[np.uint8] = np.rint((within - low) * (255.0 / (high - low))).astype(np.uint8)
         return image
 
     def to_record(self, bands: Sequence[int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,7 +108,8 @@ class Tile:
         transform = record.get("transform")
         if transform is not None:
             try:
-                transform = Affine(*(float(v) for v in transform))
+                a, b, c, d, e, f = (float(v) for v in transform)
+                transform = Affine(a, b, c, d, e, f)
             except (TypeError, ValueError, OverflowError) as error:
                 raise BadTile(f"data.tile.transform must be six numbers, got {transform!r:.120}") from error
         gsd_m = record.get("gsd_m")
@@ -115,6 +117,11 @@ class Tile:
             gsd_m = float(gsd_m) if gsd_m is not None else None
         except (TypeError, ValueError, OverflowError) as error:
             raise BadTile(f"data.tile.gsd_m must be a number of metres, got {gsd_m!r:.80}") from error
+        if gsd_m is not None and not 0 < gsd_m < math.inf:
+            raise BadTile(f"data.tile.gsd_m must be a positive number of metres, got {gsd_m}")
+        for name in ("stretch", "source"):
+            if not isinstance(record.get(name) or {}, Mapping):
+                raise BadTile(f"data.tile.{name} must be an object, got {record[name]!r:.80}")
         return cls(
             size=(columns, rows),
             crs=checked_crs(record["crs"]) if record.get("crs") is not None else None,
@@ -123,8 +130,8 @@ class Tile:
             window=window,
             core=core,
             gsd_m=gsd_m,
-            stretch=record.get("stretch"),
-            source=record.get("source"),
+            stretch=record.get("stretch") or None,
+            source=record.get("source") or None,
         )
 
     @classmethod
@@ -245,12 +252,11 @@ class Tile:
     def ground_size_m(self) -> float:
         """Side of a square that covers as much ground as the pixel at the tile's centre, in metres on the ellipsoid."""
         col, row = self.size[0] / 2, self.size[1] / 2
-        corners = np.array(
-            [(col - 0.5, row - 0.5), (col + 0.5, row - 0.5), (col + 0.5, row + 0.5), (col - 0.5, row + 0.5)]
-        )
-        lonlat = _through(to_lonlat(self._crs(), None), self.px_to_crs(corners), "the tile's centre")
-        area_m2, _ = pyproj.Geod(ellps="WGS84").polygon_area_perimeter(lonlat[:, 0], lonlat[:, 1])
-        return math.sqrt(abs(area_m2))
+        points = self.px_to_crs(np.array([(col, row), (col + 1, row), (col, row + 1)]))
+        lon, lat = _through(to_lonlat(self._crs(), None), points, "the tile's centre").T
+        # From two sides: the area of a polygon of few centimetres is lost in the digits of the ellipsoid's.
+        azimuths, _, sides_m = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
+        return math.sqrt(sides_m[0] * sides_m[1] * abs(math.sin(math.radians(azimuths[1] - azimuths[0]))))
 
     def _placed(self) -> Affine:
         if self.transform is None:
@@ -303,9 +309,12 @@ def to_lonlat(crs: str, area: tuple[float, float, float, float] | None) -> pypro
     """
     aoi = AreaOfInterest(*area) if area else None
     try:
-        group = TransformerGroup(
-            _crs(crs), _crs("EPSG:4326"), always_xy=True, area_of_interest=aoi, allow_ballpark=False
-        )
+        with warnings.catch_warnings():
+            # Which operation was taken, and that a better one needs a grid, is told where it matters: on export.
+            warnings.simplefilter("ignore", UserWarning)
+            group = TransformerGroup(
+                _crs(crs), _crs("EPSG:4326"), always_xy=True, area_of_interest=aoi, allow_ballpark=False
+            )
         if not group.transformers:
             raise BadTile(f"no coordinate operation leads from {crs[:80]} to EPSG:4326")
         return group.transformers[0]

@@ -1,7 +1,8 @@
 """A made-up orthophoto of a small town near Kathmandu, with the exact outline of everything in it.
 
 Fields, roads, a river, a pond, trees and buildings with sun shadows; the same seed draws the same scene. Geometry is
-laid out in metres from the scene's north-west corner, x east and y south, and painted with four by four samples a pixel.
+laid out in metres from the scene's north-west corner, x east and y south, and painted with four by four samples to
+a pixel.
 """
 
 from __future__ import annotations
@@ -684,10 +685,11 @@ def _truth(layout: Layout, extent: Polygon, tile: Tile, gsd_m: float) -> dict[st
         {
             "type": "Feature",
             "properties": {"label": label},
-            "geometry": shapely.geometry.mapping(_to_lonlat(part, tile, gsd_m)),
+            "geometry": shapely.geometry.mapping(lonlat),
         }
         for label, geometry in _labelled(layout)
         for part in _polygons(geometry.intersection(extent))
+        for lonlat in _to_lonlat(part, tile, gsd_m)
     ]
     return {"type": "FeatureCollection", "features": features}
 
@@ -706,6 +708,9 @@ def _polygons(geometry: BaseGeometry) -> list[Polygon]:
     return [part for part in parts if isinstance(part, Polygon) and part.area > 0.25]
 
 
-def _to_lonlat(polygon: Polygon, tile: Tile, gsd_m: float) -> Polygon:
-    moved = shapely.transform(polygon, lambda xy: np.round(tile.px_to_lonlat(xy / gsd_m), 9))
-    return shapely.geometry.polygon.orient(moved)
+def _to_lonlat(polygon: Polygon, tile: Tile, gsd_m: float) -> list[Polygon]:
+    """In degrees to a tenth of a millimetre, on whose grid the polygon may fall apart."""
+    moved = shapely.transform(polygon, lambda xy: tile.px_to_lonlat(xy / gsd_m))
+    parts = shapely.get_parts(shapely.set_precision(moved, 1e-9))
+    # 1e-12 square degrees are a hundred square centimetres: crumbs that the grid broke off.
+    return [shapely.geometry.polygon.orient(part) for part in parts if part.area > 1e-12]
