@@ -237,7 +237,7 @@ class Predictor:
 
     def _load_base(self) -> None:
         try:
-            self._base.set_result(self._given or load_segmenter(self._settings))
+            self._base.set_result(self._given or warmed_up(load_segmenter(self._settings)))
         except Exception as error:
             log.exception("the model cannot be loaded")
             self._base.set_exception(error)
@@ -286,6 +286,17 @@ class EmbeddingCache:
     def nbytes(self) -> int:
         """Memory in use, in bytes."""
         return self._bytes
+
+
+def warmed_up(segmenter: Segmenter) -> Segmenter:
+    """The same segmenter after one tile went all the way, so that no click waits for imports and kernels."""
+    embedding = segmenter.embed(np.zeros((512, 512, 3), np.uint8))
+    dense = segmenter.dense(embedding)
+    masks = segmenter.segment(embedding, Prompts(np.array([(256.0, 256.0)]), np.array([True])))
+    for label in dense.labels:
+        vectorize.instances(dense, label)
+    vectorize.polygons(masks.probabilities[0])
+    return segmenter
 
 
 def load_segmenter(settings: Settings) -> Segmenter:

@@ -1,6 +1,7 @@
 """The last things that went wrong, kept for the person who can mend them.
 
-Label Studio shows an annotator next to nothing of an error, so each is written to ``DATA_DIR/problems.jsonl``, where all server processes and the training process find it, and shown on ``/status``.
+Label Studio shows an annotator next to nothing of an error, so each is written to ``DATA_DIR/problems.jsonl``, where
+all server processes and the training process find it, and shown on ``/status``.
 """
 
 from __future__ import annotations

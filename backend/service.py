@@ -37,6 +37,12 @@ Json = dict[str, Any]
 LOADING_S = 2.5
 """How long /setup waits for the model at start, in seconds: Label Studio gives it three."""
 
+PRE_LABEL_MIN_M2 = 4.0
+"""Automatic objects and holes below this are left out where the tile has a place, in square metres."""
+
+PRE_LABEL_MIN_PX = 100.0
+"""The same for tiles without a place, in square pixels. A click may be answered with something smaller."""
+
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHANGES = {
     "ANNOTATION_CREATED": "annotation",
@@ -236,7 +242,7 @@ class Service:
 
         def compute() -> list[Json]:
             regions = self.predictor.automatic(
-                model, image.rgb, image.key, labels, options=_options(tile), min_score=min_score
+                model, image.rgb, image.key, labels, options=_pre_label_options(tile), min_score=min_score
             )
             return self._results(regions, task, tag, tile, model)
 
@@ -252,7 +258,7 @@ class Service:
         request = labelstudio.read_prompts(context, config, tile.size)
         if request is None or request.prompts.is_empty:
             return labelstudio.prediction_of([], version=model.version)
-        regions = self.predictor.prompted(model, image.rgb, image.key, request.prompts, options=_options(tile))
+        regions = self.predictor.prompted(model, image.rgb, image.key, request.prompts, options=VectorizeOptions())
         label = self._label(model, image, regions, request)
         regions = [replace(region, label=label) for region in regions]
         return labelstudio.prediction_of(self._results(regions, task, request.tag, tile, model), version=model.version)
@@ -378,8 +384,17 @@ def client_of(settings: Settings) -> LabelStudio:
     return LabelStudio(settings.label_studio_url, settings.label_studio_api_key.get_secret_value())
 
 
-def _options(tile: Tile) -> VectorizeOptions:
-    return VectorizeOptions()
+def _pre_label_options(tile: Tile) -> VectorizeOptions:
+    """What is too small to pre-label: by its area on the ground where known, and what no network sees anyway."""
+    if tile.gsd_m is None:
+        return VectorizeOptions(min_area_px=PRE_LABEL_MIN_PX)
+    on_ground = VectorizeOptions.for_gsd(tile.gsd_m, min_area_m2=PRE_LABEL_MIN_M2, min_hole_m2=PRE_LABEL_MIN_M2)
+    plain = VectorizeOptions()
+    return replace(
+        on_ground,
+        min_area_px=max(on_ground.min_area_px, plain.min_area_px),
+        min_hole_px=max(on_ground.min_hole_px, plain.min_hole_px),
+    )
 
 
 def _changed(annotations: Any) -> int:

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
 
     segmenter: str = Field("compact", validation_alias="GEOPRELABEL_SEGMENTER")
     device: str = Field("cpu", validation_alias="DEVICE")
-    model_score_threshold: float = Field(0.3, validation_alias="MODEL_SCORE_THRESHOLD", ge=0, le=1)
+    model_score_threshold: float = Field(0.75, validation_alias="MODEL_SCORE_THRESHOLD", ge=0, le=1)
     """Automatic polygons below this score are left out, unless the tag's model_score_threshold says another."""
 
     start_training_each_n_updates: int = Field(20, validation_alias="START_TRAINING_EACH_N_UPDATES", ge=1)

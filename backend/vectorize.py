@@ -7,6 +7,7 @@ the way back is ``unbridge``; ``repair`` mends what others drew and ``rasterize`
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
 import math
@@ -19,16 +20,15 @@ import numpy as np
 import rasterio.features
 import shapely
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.spatial import cKDTree
 from shapely import LineString, MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
-from skimage.measure import find_contours
-from skimage.segmentation import watershed
 
 from .errors import BadConfig
 from .segmenter import DenseMaps
+
+# scipy and scikit-image take most of a second to import. They are imported where they are used, so that a server
+# answers its health check before that.
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,15 @@ Size = tuple[int, int]
 GRID_PX = 2.0**-10
 """Coordinates lie on this grid, in pixels: whatever is apart stays apart through percent and back."""
 
-CORE_MARGIN = 0.25
-"""A pixel is of an object's core where its probability exceeds the border's by this much."""
+DOUBT_AS_BORDER = 0.5
+"""How much of a border a pixel counts as where the class is surely absent."""
+
+SMOOTHING_PX = 1.5
+BASIN_DEPTH = 0.1
+"""A piece of its own is what lies this much below the border around it, before neighbours are joined."""
+
+WEAK_BORDER = 0.45
+"""Neighbours are one object where the border between them is weaker than this on average. Chosen on Banepa's west."""
 
 # A crossing this near to a pixel's centre would round onto it, and rings that meet there would touch.
 _LEVEL_GAP = 2 * GRID_PX
@@ -158,12 +165,14 @@ def instances(
 
     Raises BadConfig where the maps hold no such class.
     """
+    from scipy import ndimage
+
     if label not in dense.labels:
         raise BadConfig(f"the model has no class {label!r}; it has {', '.join(dense.labels) or 'none'}")
     index = dense.labels.index(label)
     probabilities = _clean(dense.probabilities[index])
     level = _level(probabilities, _checked_threshold(threshold))
-    objects = _separated(level > 0, probabilities - _clean(dense.boundary[index]), options.min_area_px)
+    objects = _separated(level > 0, probabilities, _clean(dense.boundary[index]), options.min_area_px)
     sizes = np.bincount(objects.ravel())
     sums = np.bincount(objects.ravel(), weights=probabilities.ravel())
     found = []
@@ -216,34 +225,74 @@ def _framed(values: NDArray[Any], window: tuple[slice, slice]) -> NDArray[Any]:
     return framed
 
 
-def _separated(inside: BoolArray, depth: FloatArray, min_area_px: float) -> NDArray[np.int32]:
+def _separated(
+    inside: BoolArray, probabilities: FloatArray, boundary: FloatArray, min_area_px: float
+) -> NDArray[np.int32]:
     """Number of the object at each pixel, 0 outside. Every pixel of ``inside`` is of one object.
 
-    A connected region with several cores is shared out among them by a watershed on ``depth``.
+    A watershed on how strongly a border runs through each pixel cuts too finely; neighbours are then joined, the
+    weakest border first, until those that remain are strong along their whole length (Arbeláez et al., "Contour
+    detection and hierarchical image segmentation", 2011). Pieces below ``min_area_px`` go to the neighbour behind the
+    weakest border.
     """
-    regions, count = _labelled(inside)
-    cores, core_count = _labelled(inside & (depth >= CORE_MARGIN))
-    keep = np.bincount(cores.ravel(), minlength=core_count + 1) >= min(max(min_area_px / 4, 3), 50)
-    keep[0] = False
-    region_of_core = np.zeros(core_count + 1, np.int64)
-    region_of_core[cores.ravel()] = regions.ravel()
-    while True:
-        is_contested = np.bincount(region_of_core[keep], minlength=count + 1) > 1
-        contested = is_contested[regions]
-        if not contested.any():
-            return regions
-        markers = np.where(keep[cores] & contested, cores + count, 0).astype(np.int32)
-        shared_out: NDArray[np.int32] = watershed(-depth, markers, mask=contested)  # type: ignore[no-untyped-call]
-        objects = np.where(contested, shared_out, regions).astype(np.int32)
-        sizes = np.bincount(objects.ravel(), minlength=count + core_count + 1)[count:]
-        too_small = keep & is_contested[region_of_core] & (sizes < min_area_px)
-        if not too_small.any():
-            return objects
-        # A sliver of an object is no object: its neighbours take its pixels.
-        keep &= ~too_small
+    from scipy import ndimage
+    from skimage.morphology import h_minima
+    from skimage.segmentation import watershed
+
+    # Where the class itself is in doubt, there is a gap between objects more often than the border alone shows.
+    barrier = np.clip(boundary + DOUBT_AS_BORDER * (1 - probabilities), 0, 1)
+    smooth = np.round(ndimage.gaussian_filter(barrier, SMOOTHING_PX) * 255).astype(np.int32)
+    # Beyond the class there are no basins, so that none is split off at the rim.
+    basins: BoolArray = h_minima(np.where(inside, smooth, 256), round(BASIN_DEPTH * 255)) > 0  # type: ignore[no-untyped-call]
+    cores, count = _labelled(inside & basins)
+    pieces: NDArray[np.int32] = watershed(smooth, cores, mask=inside)  # type: ignore[no-untyped-call]
+    stray, _ = _labelled(inside & (pieces == 0))
+    pieces = np.where(stray > 0, stray + count, pieces).astype(np.int32)
+    return _joined(pieces, barrier, min_area_px)
+
+
+def _joined(pieces: NDArray[np.int32], barrier: FloatArray, min_area_px: float) -> NDArray[np.int32]:
+    """Neighbouring pieces joined where the border between them is weak or one of them is too small."""
+    sides = [
+        (pieces[:, :-1], pieces[:, 1:], np.maximum(barrier[:, :-1], barrier[:, 1:])),
+        (pieces[:-1], pieces[1:], np.maximum(barrier[:-1], barrier[1:])),
+    ]
+    ones, others, strengths = (np.concatenate([side[i].ravel() for side in sides]) for i in range(3))
+    is_border = (ones != others) & (ones > 0) & (others > 0)
+    edges, which = np.unique(np.sort(np.stack((ones, others), axis=1)[is_border], axis=1), axis=0, return_inverse=True)
+    lengths = np.bincount(which.ravel(), minlength=len(edges)).astype(float)
+    sums = np.bincount(which.ravel(), weights=strengths[is_border], minlength=len(edges))
+    sizes = np.bincount(pieces.ravel()).tolist()
+    borders: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for (one, other), length, total in zip(edges.tolist(), lengths.tolist(), sums.tolist(), strict=True):
+        borders[one][other] = borders[other][one] = (length, total)
+
+    def cost(one: int, other: int) -> float:
+        length, total = borders[one][other]
+        return total / length - (1 if min(sizes[one], sizes[other]) < min_area_px else 0)
+
+    queue = [(cost(one, other), one, other) for one, other in edges.tolist()]
+    heapq.heapify(queue)
+    owner = np.arange(len(sizes), dtype=np.int32)
+    while queue and queue[0][0] < WEAK_BORDER:
+        expected, one, other = heapq.heappop(queue)
+        if other not in borders.get(one, ()) or cost(one, other) != expected:
+            continue  # one of the two was joined meanwhile; the queue holds what became of it
+        owner[owner == other] = one
+        sizes[one] += sizes[other]
+        for third, (length, total) in borders.pop(other).items():
+            del borders[third][other]
+            if third != one:
+                old_length, old_total = borders[one].get(third, (0.0, 0.0))
+                borders[one][third] = borders[third][one] = (old_length + length, old_total + total)
+        for third in borders[one]:
+            heapq.heappush(queue, (cost(one, third), one, third))
+    return owner[pieces]
 
 
 def _labelled(mask: BoolArray) -> tuple[NDArray[np.int32], int]:
+    from scipy import ndimage
+
     numbers = np.empty(mask.shape, np.int32)
     return numbers, int(ndimage.label(mask, output=numbers))
 
@@ -252,6 +301,8 @@ def _traced(
     framed: FloatArray, window: tuple[slice, slice], image_hw: Sequence[int], options: VectorizeOptions
 ) -> list[Polygon]:
     """Exact outlines of where a framed level is positive, cut at the image's border, without what is too small."""
+    from skimage.measure import find_contours
+
     # The image's edge values run on for two pixels, so that an object at the border is cut there and not drawn back.
     padded = np.pad(framed, 1, constant_values=-1.0)
     contours: list[FloatArray] = find_contours(padded, 0.0, fully_connected="low")  # type: ignore[no-untyped-call]
@@ -651,6 +702,8 @@ def _shortest_bridge(
     may_repeat: bool,
 ) -> tuple[int, int] | None:
     """The joined point and the hole's point with the shortest free line between them; None where none sees another."""
+    from scipy.spatial import cKDTree
+
     # Nearest first, a few at a time: the first pair nearly always sees each other.
     nearest = cKDTree(points[joined])
     neighbours = min(8, len(joined))
@@ -778,6 +831,8 @@ def _closed_up(loop: FloatArray, first: int, last: int) -> FloatArray:
 
 def _openings(loop: FloatArray, tolerance_px: float) -> list[_Opening]:
     """Openings up to the tolerance. Where that is endless, those of which one end is not open at all."""
+    from scipy.spatial import cKDTree
+
     count = len(loop)
     pairs = cKDTree(loop).query_pairs(0.0 if math.isinf(tolerance_px) else tolerance_px, output_type="ndarray")
     found: list[_Opening] = []

@@ -412,12 +412,12 @@ def test_an_object_of_which_nothing_is_core_is_found_all_the_same() -> None:
     assert found[0].score == pytest.approx(0.8, abs=1e-6)
 
 
-def test_a_speck_of_border_does_not_cut_an_object() -> None:
+@pytest.mark.parametrize(("rows_of_border", "objects"), [(slice(30, 40), 1), (slice(10, 26), 1), (slice(10, 56), 2)])
+def test_a_border_cuts_an_object_where_it_runs_along_most_of_the_way(rows_of_border: slice, objects: int) -> None:
     dense = maps([shapely.box(10, 10, 60, 60)], 70, 70)
     boundary = dense.boundary.copy()
-    boundary[1, 10:60, 35:37] = 0.95
-    boundary[1, 30:34, 35:37] = 0
-    assert len(instances(DenseMaps(dense.labels, dense.probabilities, boundary), "building")) == 1
+    boundary[1, rows_of_border, 35:37] = 0.95
+    assert len(instances(DenseMaps(dense.labels, dense.probabilities, boundary), "building")) == objects
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from(OPTIONS))

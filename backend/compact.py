@@ -1,0 +1,842 @@
+"""The default segmenter: a small promptable network that runs on a plain CPU, from weights that come with the package.
+
+An EfficientNet-Lite0 trunk and a feature pyramid give features at a quarter and at half of the image's resolution
+(``embed``, once a tile). A small U-Net reads them together with the prompts, twice: the second time it also sees its
+first answer, and how much each pixel's colour and features look like that answer (``segment``, each click). One small
+head a class gives class and border probabilities (``dense``).
+
+Frames: *pixels* of the image (corner-based), *cells* of the coarse features (4 pixels wide) and *half-cells* of the
+fine ones (2 pixels wide).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+import cv2
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .errors import BadImage, BadPrompt, BadWeights
+from .segmenter import DenseMaps, Embedding, Masks, Prompts
+
+FloatArray = NDArray[np.float64]
+
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent.parent / "model_weights" / "compact.safetensors"
+ARCHITECTURE = "geoprelabel-compact-1"
+HEADS_KIND = "geoprelabel-heads-1"
+
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+CELL_PX = 4
+"""Pixels that a coarse feature cell is wide."""
+
+COARSE, FINE = 48, 8
+"""Channels of the coarse and fine features."""
+
+STRIDE_PX = 32
+"""The trunk's coarsest stride: images are padded to a multiple of it."""
+
+_BLOCK_CELLS, _OVERLAP_CELLS = 256, 32
+"""Larger images are embedded block by block, so that memory stays bounded; the overlap hides the seams."""
+
+_CLICK_RADIUS_PX = 2.5
+_MOST_LIFT = 3.0
+"""A click is answered with at least this radius, in pixels; where the network sees nothing, its logits are lifted by
+no more than this."""
+
+_WINDOW_CELLS = 96
+"""Side of the square around the prompts that the decoder looks at, unless the prompts ask for more."""
+
+_GRABCUT_WEIGHT, _GRABCUT_ROUNDS, _LEAST_AGREEMENT = 0.5, 2, 0.6
+"""How much the colours of the image at hand correct the answer, and the IoU with it that they need to be heard."""
+
+_SURE_LOGIT = 3.5
+"""Beyond this, about 0.97, GrabCut takes the answer as given."""
+
+_STAGES = (  # expansion, kernel, stride, channels in, channels out, blocks: EfficientNet-Lite0
+    (1, 3, 1, 32, 16, 1),
+    (6, 3, 2, 16, 24, 2),
+    (6, 5, 2, 24, 40, 2),
+    (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3),
+    (6, 5, 2, 112, 192, 4),
+    (6, 3, 1, 192, 320, 1),
+)
+_TAPS = (0, 1, 2, 4, 6)
+"""Stages whose outputs feed the pyramid, at strides 2, 4, 8, 16 and 32."""
+
+
+class _Conv(nn.Conv2d):
+    """Convolution with the trunk's padding: a stride of two pads one more at the right and bottom."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride[0] == 2:
+            total = self.kernel_size[0] - 2
+            x = F.pad(x, (total // 2, total - total // 2) * 2)
+        return super().forward(x)
+
+
+class _InvertedResidual(nn.Module):
+    """Expand, filter each channel, project. Batch normalisation is folded into the weights."""
+
+    def __init__(self, expansion: int, kernel: int, stride: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        self.expand = _Conv(inputs, wide, 1) if expansion > 1 else None
+        self.depthwise = _Conv(wide, wide, kernel, stride, groups=wide)
+        self.project = _Conv(wide, outputs, 1)
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else F.relu6(self.expand(x))
+        y = cast(Tensor, self.project(F.relu6(self.depthwise(y))))
+        return x + y if self.adds else y
+
+
+class Trunk(nn.Module):
+    """EfficientNet-Lite0 without its classifier: features at strides 2, 4, 8, 16 and 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _Conv(3, 32, 3, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    _InvertedResidual(
+                        expansion, kernel, stride if i == 0 else 1, inputs if i == 0 else outputs, outputs
+                    )
+                    for i in range(blocks)
+                )
+            )
+            for expansion, kernel, stride, inputs, outputs, blocks in _STAGES
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.relu6(self.stem(x))
+        taps = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in _TAPS:
+                taps.append(x)
+        return taps
+
+
+def _separable(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+        nn.Conv2d(channels, channels, 1),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Pyramid(nn.Module):
+    """Merges the trunk's features into coarse (stride 4) and fine (stride 2) ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, COARSE, 1) for c in (24, 40, 112, 320))
+        self.smooth = nn.ModuleList(_separable(COARSE) for _ in range(4))
+        self.last = nn.Conv2d(COARSE, COARSE, 1)
+        self.fine = nn.Conv2d(16, FINE, 1)
+
+    def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        x: Tensor | None = None
+        for lateral, smooth, tap in zip(reversed(self.lateral), reversed(self.smooth), reversed(taps[1:]), strict=True):
+            y = lateral(tap)
+            if x is not None:
+                y = y + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            x = y + smooth(y)
+        return self.last(x), self.fine(taps[0])
+
+
+class DenseHead(nn.Module):
+    """Class and border logits of one label, (N, 2, 2h, 2w), from features (N, C, h, w) and (N, c, 2h, 2w)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = nn.Conv2d(COARSE, 24, 3, padding=1)
+        self.fine = nn.Conv2d(24 + FINE, 16, 3, padding=1)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        x = F.relu(self.coarse(coarse))
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        logits: Tensor = self.out(F.relu(self.fine(torch.cat([x, fine], 1))))
+        return logits
+
+
+_CLICK_SPREAD_CELLS = (1.0, 4.0, 16.0)
+_PROMPT_MAPS = 2 * len(_CLICK_SPREAD_CELLS) + 2
+_EVIDENCE_MAPS = 4
+_BINS = 8
+
+
+def click_maps(points: Tensor, box_xyxy: Tensor, height: int, width: int) -> Tensor:
+    """Prompts as maps, (N, 8, height, width).
+
+    Clicks are (N, P, 3): x and y in cells, and +1 on the object, -1 off it, 0 for no click. Boxes are (N, 4) in cells,
+    NaN for none.
+    """
+    device = points.device
+    xs = torch.arange(width, device=device, dtype=torch.float32) + 0.5
+    ys = torch.arange(height, device=device, dtype=torch.float32) + 0.5
+    maps = []
+    for sign in (1, -1):
+        if points.shape[1]:
+            squared = (ys[:, None] - points[..., 1, None, None]) ** 2 + (xs - points[..., 0, None, None]) ** 2
+            squared = squared.masked_fill((points[..., 2] != sign)[..., None, None], math.inf).amin(1)
+        else:
+            squared = points.new_full((len(points), height, width), math.inf)
+        maps += [torch.exp(-squared / (2 * spread**2)) for spread in _CLICK_SPREAD_CELLS]
+    left, top, right, bottom = box_xyxy.nan_to_num(0.0).T[..., None]
+    # Soft steps, so that a box edge inside a cell is seen at its place.
+    inside_x = ((xs - left + 0.5).clamp(0, 1) * (right - xs + 0.5).clamp(0, 1))[:, None, :]
+    inside_y = ((ys - top + 0.5).clamp(0, 1) * (bottom - ys + 0.5).clamp(0, 1))[:, :, None]
+    given = (~box_xyxy.isnan().any(1)).float()[:, None, None]
+    maps += [inside_x * inside_y * given, given.expand(-1, height, width)]
+    return torch.stack(maps, 1)
+
+
+def _colour_bins(rgb: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Colour bin of every pixel, (N, h·w), relative to the window's own mean and spread."""
+    level = ((rgb - mean) / std * (_BINS / 5) + _BINS / 2).clamp(0, _BINS - 1).long().flatten(2)
+    return (level[:, 0] * _BINS + level[:, 1]) * _BINS + level[:, 2]
+
+
+def _weighted_share(bins: Tensor, weights: Tensor) -> Tensor:
+    """Smoothed colour histogram, (N, bins), summing to one."""
+    counts = weights.new_zeros(len(bins), _BINS**3).scatter_add_(1, bins, weights.flatten(1))
+    cube = counts.view(-1, 1, _BINS, _BINS, _BINS)
+    kernel = counts.new_tensor([0.25, 0.5, 0.25])
+    for shape in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
+        cube = F.conv3d(cube, kernel.view(1, 1, *shape), padding=tuple(s // 2 for s in shape))
+    smooth = cube.flatten(1)
+    return smooth / smooth.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def colour_evidence(rgb_coarse: Tensor, rgb_fine: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """How much more a pixel's colour is that of the prior object than of its surroundings, -1…1, at both resolutions.
+
+    The prior is (N, 1, h, w), 0…1. Surroundings count the more the nearer they are.
+    """
+    height, width = prior.shape[-2:]
+    weight = prior[:, 0]
+    total = weight.sum((1, 2)).clamp(min=1e-3)
+    xs = torch.arange(width, device=prior.device, dtype=torch.float32)
+    ys = torch.arange(height, device=prior.device, dtype=torch.float32)[:, None]
+    x_mean, y_mean = (weight * xs).sum((1, 2)) / total, (weight * ys).sum((1, 2)) / total
+    reach = 2 * total.sqrt() + 6
+    squared = (xs - x_mean[:, None, None]) ** 2 + (ys - y_mean[:, None, None]) ** 2
+    near = 0.1 + torch.exp(-squared / (2 * reach[:, None, None] ** 2))
+
+    mean = rgb_coarse.mean((2, 3), keepdim=True)
+    std = rgb_coarse.std((2, 3), keepdim=True).mean(1, keepdim=True).clamp(min=2.0)
+    bins = _colour_bins(rgb_coarse, mean, std)
+    inside = _weighted_share(bins, weight)
+    outside = _weighted_share(bins, (1 - weight) * near)
+    ratio = (torch.log((inside + 1e-3) / (outside + 1e-3)) / 4).clamp(-1, 1)
+    coarse = ratio.gather(1, bins).view(-1, 1, height, width)
+    fine = ratio.gather(1, _colour_bins(rgb_fine, mean, std)).view(-1, 1, *rgb_fine.shape[-2:])
+    return coarse, fine
+
+
+def _sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Values (N, C, P) of maps (N, C, h, w) at points (N, P, ≥2) given in cells."""
+    grid = points[:, None, :, :2] * 2 / points.new_tensor([maps.shape[-1], maps.shape[-2]]) - 1
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+
+
+class PromptDecoder(nn.Module):
+    """Logits of the prompted object at a cell (N, 1, h, w) and half a cell (N, 1, 2h, 2w)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Conv2d(COARSE, 16, 1)
+        self.enter_image = nn.Conv2d(COARSE, 32, 3, padding=1)
+        self.enter_prompts = nn.Conv2d(_PROMPT_MAPS + _EVIDENCE_MAPS + 1, 32, 3, padding=1)
+        widths = (32, 48, 64, 96)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in pairwise(widths))
+        self.middle = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in widths[1:])
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
+        self.merge = nn.ModuleList(nn.Conv2d(a, a, 3, padding=1) for a in widths[:-1])
+        self.out = nn.Conv2d(32, 1, 1)
+        self.to_fine = nn.Conv2d(32, 16, 1)
+        self.fine_enter = nn.Conv2d(16 + FINE + 3 + 1, 16, 3, padding=1)
+        self.fine_middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.fine_out = nn.Conv2d(16, 1, 1)
+
+    def context(self, coarse: Tensor) -> Tensor:
+        """What does not depend on the prompts, (N, 48, h, w), so that many prompts can share it."""
+        return torch.cat([self.enter_image(coarse), F.normalize(self.key(coarse), dim=1)], 1)
+
+    def forward(
+        self,
+        context: Tensor,
+        fine: Tensor,
+        rgb_coarse: Tensor,
+        rgb_fine: Tensor,
+        points: Tensor,
+        box_xyxy: Tensor,
+        previous: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Context, fine features, colours (0…255) and prompts in.
+
+        ``previous`` is the logits (N, 1, h, w) of the first pass, and None in it.
+        """
+        entered, keys = context[:, :32], context[:, 32:]
+        height, width = context.shape[-2:]
+        prompts = click_maps(points, box_xyxy, height, width)
+        if previous is None:
+            # What the prompts alone say: the surroundings of the clicks, or the inside of the box.
+            prior = torch.maximum(prompts[:, :1], prompts[:, 6:7])
+            shown = torch.zeros_like(prior)
+        else:
+            shown = prior = torch.sigmoid(previous.detach())
+        colour_coarse, colour_fine = colour_evidence(rgb_coarse, rgb_fine, prior)
+
+        look = []
+        for sign in (1, -1):
+            if points.shape[1]:
+                at_clicks = F.normalize(_sample(keys, points), dim=1)
+                alike = torch.einsum("nchw,ncp->nphw", keys, at_clicks)
+                alike = alike.masked_fill((points[..., 2] != sign)[..., None, None], -1).amax(1, keepdim=True)
+            else:
+                alike = torch.full_like(prior, -1)
+            look.append(alike)
+        inside = (keys * prior).sum((2, 3), keepdim=True) / prior.sum((2, 3), keepdim=True).clamp(min=1e-3)
+        outside = (keys * (1 - prior)).mean((2, 3), keepdim=True)
+        look.append((keys * (F.normalize(inside, dim=1) - F.normalize(outside, dim=1))).sum(1, keepdim=True))
+
+        x = F.relu(entered + self.enter_prompts(torch.cat([prompts, *look, colour_coarse, shown], 1)))
+        skips = []
+        for down, middle in zip(self.down, self.middle, strict=True):
+            skips.append(x)
+            x = F.relu(down(x))
+            x = x + F.relu(middle(x))
+        for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
+            x = skip + F.interpolate(up(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = x + F.relu(merge(x))
+        logits = self.out(x)
+        if previous is None:
+            return logits, logits
+
+        size = fine.shape[-2:]
+        y = F.interpolate(self.to_fine(x), size=size, mode="bilinear", align_corners=False)
+        y = F.relu(self.fine_enter(torch.cat([y, fine, (rgb_fine - 128) / 64, colour_fine], 1)))
+        y = y + F.relu(self.fine_middle(y))
+        return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) + self.fine_out(y)
+
+
+class CompactNet(nn.Module):
+    """Trunk, pyramid, prompt decoder, and one dense head a label."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.labels = tuple(labels)
+        self.trunk = Trunk()
+        self.pyramid = Pyramid()
+        self.decoder = PromptDecoder()
+        self.heads = nn.ModuleList(DenseHead() for _ in self.labels)
+
+    def features(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse (N, 48, H/4, W/4) and fine (N, 8, H/2, W/2) features of images (N, 3, H, W), 0…255, H and W in 32s."""
+        mean = rgb.new_tensor(MEAN_RGB).view(1, 3, 1, 1) * 255
+        std = rgb.new_tensor(STD_RGB).view(1, 3, 1, 1) * 255
+        coarse, fine = self.pyramid(self.trunk((rgb - mean) / std))
+        return coarse, fine
+
+
+def save_weights(net: CompactNet, path: Path, notes: Mapping[str, str]) -> None:
+    """Write a network as half-precision safetensors with its sha256 beside it, each file whole or not at all."""
+    metadata = {**notes, "architecture": ARCHITECTURE, "labels": json.dumps(list(net.labels))}
+    metadata["normalisation"] = json.dumps({"mean_rgb": MEAN_RGB, "std_rgb": STD_RGB})
+    tensors = {name: value.detach().to(torch.float16).contiguous() for name, value in net.state_dict().items()}
+    data = _serialised(tensors, metadata)
+    sha256 = hashlib.sha256(data).hexdigest()
+    for target, content in ((path, data), (_sha256_path(path), f"{sha256}  {path.name}\n".encode())):
+        _write_whole(target, content)
+
+
+def save_heads(
+    heads: Mapping[str, DenseHead], base_version: str, path: Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a project's heads by label, whole or not at all. They fit the weights of ``base_version`` only."""
+    metadata = {**(notes or {}), "kind": HEADS_KIND, "base": base_version, "labels": json.dumps(list(heads))}
+    tensors = {
+        f"{i}.{name}": value.detach().cpu().contiguous()
+        for i, head in enumerate(heads.values())
+        for name, value in head.state_dict().items()
+    }
+    _write_whole(path, _serialised(tensors, metadata))
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file of the same bytes each time: the library shuffles the metadata, and versions are hashes."""
+    data = safetensors.torch.save(tensors, metadata)
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), separators=(",", ":"), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def _sha256_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _read(path: Path, what: str) -> tuple[bytes, dict[str, str], dict[str, Tensor]]:
+    """Bytes, metadata and float32 tensors of a safetensors file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadWeights(f"{path} cannot be read, and {what} should be there: {error.strerror}") from error
+    try:
+        tensors = safetensors.torch.load(content)
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise BadWeights(f"{path} is damaged or no safetensors file, and {what} should be there: {error}") from error
+    return content, metadata, {name: value.float() for name, value in tensors.items()}
+
+
+def _labels(metadata: Mapping[str, str], path: Path) -> tuple[str, ...]:
+    try:
+        labels = json.loads(metadata["labels"])
+    except (KeyError, ValueError) as error:
+        raise BadWeights(f"{path} does not say which labels it knows") from error
+    return tuple(str(label) for label in labels)
+
+
+def _load_base(path: Path) -> tuple[CompactNet, str]:
+    content, metadata, tensors = _read(path, "the compact segmenter's weights")
+    if metadata.get("architecture") != ARCHITECTURE:
+        raise BadWeights(
+            f"{path} holds {metadata.get('architecture', 'weights of an unnamed kind')}, not {ARCHITECTURE}"
+        )
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        recorded = _sha256_path(path).read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise BadWeights(
+            f"{_sha256_path(path)} is missing or empty; it should hold the sha256 of {path.name}"
+        ) from error
+    if sha256 != recorded:
+        raise BadWeights(
+            f"{path} is damaged: its sha256 is {sha256[:8]}…, and {_sha256_path(path).name} says {recorded[:8]}…"
+        )
+    net = CompactNet(_labels(metadata, path))
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadWeights(f"{path} does not fit the network: {str(error).splitlines()[0]}") from error
+    return net, f"compact-{sha256[:8]}"
+
+
+def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], str]:
+    content, metadata, tensors = _read(path, "a project's heads")
+    if metadata.get("kind") != HEADS_KIND:
+        raise BadWeights(f"{path} holds {metadata.get('kind', 'weights of an unnamed kind')}, not {HEADS_KIND}")
+    if metadata.get("base") != base_version:
+        raise BadWeights(
+            f"{path} was trained on {metadata.get('base')}, and {base_version} is loaded; train the project again"
+        )
+    heads = {}
+    for i, label in enumerate(_labels(metadata, path)):
+        head = DenseHead()
+        try:
+            head.load_state_dict({name.split(".", 1)[1]: v for name, v in tensors.items() if name.startswith(f"{i}.")})
+        except RuntimeError as error:
+            raise BadWeights(f"{path} does not fit the network: {str(error).splitlines()[0]}") from error
+        heads[label] = head
+    return heads, hashlib.sha256(content).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The part of an embedding that the decoder looks at."""
+
+    left: int
+    top: int
+    """First cell, in cells of the embedding."""
+
+    width: int
+    height: int
+    """Cells of the embedding."""
+
+    shrink: int
+    """Cells of the embedding that make one of the decoder's, along each axis."""
+
+
+def _window(lowest: FloatArray, highest: FloatArray, grid_wh: tuple[int, int], shrink: int) -> _Window:
+    """The window round prompts that span ``lowest`` to ``highest`` (x and y in cells), moved to lie within the grid."""
+    side = _WINDOW_CELLS * shrink
+    size = [min(side, length) for length in grid_wh]
+    middle = (lowest + highest) / 2
+    left, top = (int(np.clip(round(m - s / 2), 0, n - s)) for m, s, n in zip(middle, size, grid_wh, strict=True))
+    return _Window(left, top, size[0], size[1], shrink)
+
+
+class CompactSegmenter:
+    """A ``Segmenter`` on the shipped weights, with a project's own heads where it has trained some."""
+
+    def __init__(self, net: CompactNet, base_version: str, *, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._net = net.eval().requires_grad_(False).to(self._device)
+        self._heads: dict[str, DenseHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
+        self.base_version = base_version
+        self.version = base_version
+
+    @classmethod
+    def load(
+        cls, path: Path | None = None, *, device: str = "cpu", heads: Path | None = None, threads: int | None = None
+    ) -> CompactSegmenter:
+        """The segmenter from a weights file, or the shipped one. ``threads`` limits torch in the whole process."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        segmenter = cls(*_load_base(path or SHIPPED_WEIGHTS), device=device)
+        return segmenter if heads is None else segmenter.with_heads(heads)
+
+    def with_heads(self, path: Path) -> CompactSegmenter:
+        """The same network with a project's heads: they replace those of the same name, and come after the others."""
+        heads, name = _load_heads(path, self.base_version)
+        new = copy.copy(self)
+        trained = {label.casefold() for label in heads}
+        new._heads = {label: head for label, head in self._net_heads().items() if label.casefold() not in trained}
+        new._heads |= {label: head.eval().requires_grad_(False).to(self._device) for label, head in heads.items()}
+        new.version = f"{self.base_version}-{name}"
+        return new
+
+    def _net_heads(self) -> dict[str, DenseHead]:
+        return dict(zip(self._net.labels, cast("Iterable[DenseHead]", self._net.heads), strict=True))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes that ``dense`` finds."""
+        return tuple(self._heads)
+
+    def head(self, label: str) -> DenseHead | None:
+        """The head of a label, matched without regard to case; None where there is none."""
+        return next((head for name, head in self._heads.items() if name.casefold() == label.casefold()), None)
+
+    @torch.inference_mode()
+    def embed(self, image_rgb: NDArray[np.uint8]) -> Embedding:
+        """Features of an image, (H, W, 3) uint8 RGB, from 8 px to any size that fits in memory."""
+        if (
+            image_rgb.ndim != 3
+            or image_rgb.shape[2] != 3
+            or image_rgb.dtype != np.uint8
+            or min(image_rgb.shape[:2]) < 8
+        ):
+            raise BadImage(
+                f"image must be (H, W, 3) uint8 of at least 8 px a side, got {image_rgb.shape} {image_rgb.dtype}"
+            )
+        height, width = image_rgb.shape[:2]
+        bottom, right = (max(2 * STRIDE_PX, math.ceil(n / STRIDE_PX) * STRIDE_PX) - n for n in image_rgb.shape[:2])
+        padded = cv2.copyMakeBorder(image_rgb, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
+        rows, columns = (n // CELL_PX for n in padded.shape[:2])
+        coarse = np.empty((COARSE, rows, columns), np.float16)
+        fine = np.empty((FINE, 2 * rows, 2 * columns), np.float16)
+        for y, top, below in _blocks(rows, _BLOCK_CELLS, _OVERLAP_CELLS):
+            for x, left, beyond in _blocks(columns, _BLOCK_CELLS, _OVERLAP_CELLS):
+                block = padded[y * CELL_PX : (y + _BLOCK_CELLS) * CELL_PX, x * CELL_PX : (x + _BLOCK_CELLS) * CELL_PX]
+                rgb = torch.from_numpy(np.ascontiguousarray(block)).to(self._device)[None].permute(0, 3, 1, 2).float()
+                one, two = self._net.features(rgb.contiguous(memory_format=torch.channels_last))
+                coarse[:, top:below, left:beyond] = one[0, :, top - y : below - y, left - x : beyond - x].cpu().numpy()
+                fine[:, 2 * top : 2 * below, 2 * left : 2 * beyond] = (
+                    two[0, :, 2 * (top - y) : 2 * (below - y), 2 * (left - x) : 2 * (beyond - x)].cpu().numpy()
+                )
+        half = cv2.resize(padded, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        features: dict[str, NDArray[np.generic]] = {
+            "coarse": coarse,
+            "fine": fine,
+            "rgb": np.ascontiguousarray(np.moveaxis(half, -1, 0)),
+        }
+        return Embedding(features, (height, width), self.base_version)
+
+    @torch.inference_mode()
+    def segment(self, embedding: Embedding, prompts: Prompts) -> Masks:
+        """The object that the prompts mean, as one candidate. Raises BadPrompt where they mean none.
+
+        Clicks on the object are inside and clicks off it outside. With clicks on the object, only the patches that hold
+        one are kept; with a box alone, those inside the box.
+        """
+        if prompts.is_empty:
+            raise BadPrompt("a box or a click on the object is needed")
+        self._check(embedding)
+        height, width = embedding.image_hw
+        clicks_xy = np.clip(prompts.points_xy, 0.01, (width - 0.01, height - 0.01))
+        box = prompts.box_xyxy
+        if box is not None:
+            box = np.clip(box, 0, (width, height, width, height))
+            if box[2] <= box[0] or box[3] <= box[1]:
+                raise BadPrompt(f"box_xyxy must meet the image of {width} by {height} px, got {prompts.box_xyxy}")
+        logits, left, top = self._decode(embedding, clicks_xy, prompts.is_foreground, box)
+        probabilities = np.zeros((height, width), np.float32)
+        view = probabilities[top : top + logits.shape[0], left : left + logits.shape[1]]
+        local_box = None if box is None else box - (left, top, left, top)
+        view[:] = _obeying(logits, clicks_xy - (left, top), prompts.is_foreground, local_box)
+        return Masks(probabilities[None], np.array([_expected_iou(view)], np.float32))
+
+    def _check(self, embedding: Embedding) -> None:
+        if embedding.version != self.base_version:
+            raise ValueError(f"embedding is of {embedding.version}, and {self.base_version} is loaded")
+
+    def _decode(
+        self, embedding: Embedding, clicks_xy: FloatArray, is_foreground: NDArray[np.bool_], box: FloatArray | None
+    ) -> tuple[NDArray[np.float32], int, int]:
+        """Logits of the pixels round the prompts, with the first column and row they stand for."""
+        rows, columns = embedding.features["coarse"].shape[1:]
+        corners = clicks_xy if box is None else np.vstack([clicks_xy, box.reshape(2, 2)])
+        lowest, highest = corners.min(0) / CELL_PX, corners.max(0) / CELL_PX
+        shrink = max(1, math.ceil(float((highest - lowest).max()) * 1.4 / _WINDOW_CELLS))
+        while True:
+            window = _window(lowest, highest, (columns, rows), shrink)
+            covers_all = (window.width, window.height) == (columns, rows)
+            logits = self._decode_window(
+                embedding, window, clicks_xy / CELL_PX, is_foreground, box if box is None else box / CELL_PX
+            )
+            if covers_all or box is not None or not _reaches_inner_edge(logits > 0, window, (columns, rows)):
+                break
+            shrink *= 2
+        height, width = embedding.image_hw
+        left, top = math.floor(window.left * CELL_PX), math.floor(window.top * CELL_PX)
+        right = min(width, math.ceil((window.left + window.width) * CELL_PX))
+        bottom = min(height, math.ceil((window.top + window.height) * CELL_PX))
+        per_value = CELL_PX * shrink / 2
+        return (
+            _resampled(logits, (window.left * CELL_PX, window.top * CELL_PX), per_value, left, top, right, bottom),
+            left,
+            top,
+        )
+
+    def _decode_window(
+        self,
+        embedding: Embedding,
+        window: _Window,
+        clicks: FloatArray,
+        is_foreground: NDArray[np.bool_],
+        box: FloatArray | None,
+    ) -> NDArray[np.float32]:
+        """Logits of a window's half-cells; clicks and box are in cells of the embedding."""
+        shrink = window.shrink
+
+        def cut(name: str, each: int) -> Tensor:
+            y, x = window.top * each, window.left * each
+            part = embedding.features[name][:, y : y + window.height * each, x : x + window.width * each]
+            values = torch.from_numpy(part.astype(np.float32)).to(self._device)[None]
+            if shrink > 1:
+                values = F.pad(
+                    values, (0, -window.width % shrink * each, 0, -window.height % shrink * each), mode="replicate"
+                )
+                values = F.avg_pool2d(values, shrink)
+            return values
+
+        rgb_fine = cut("rgb", 2)
+        origin = np.array([window.left, window.top], np.float64)
+        local = (clicks - origin) / shrink
+        signed = np.column_stack([local, np.where(is_foreground, 1.0, -1.0)])
+        edges = np.full(4, np.nan) if box is None else (box - np.tile(origin, 2)) / shrink
+        views = (
+            self._net.decoder.context(cut("coarse", 1)),
+            cut("fine", 2),
+            F.avg_pool2d(rgb_fine, 2),
+            rgb_fine,
+            torch.from_numpy(signed.astype(np.float32)).to(self._device)[None],
+            torch.from_numpy(edges.astype(np.float32)).to(self._device)[None],
+        )
+        first, _ = self._net.decoder(*views)
+        _, sharp = self._net.decoder(*views, first)
+        rgb = np.ascontiguousarray(rgb_fine[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy())
+        return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
+
+    @torch.inference_mode()
+    def dense(self, embedding: Embedding) -> DenseMaps:
+        """Class and border probabilities of the whole tile."""
+        self._check(embedding)
+        height, width = embedding.image_hw
+        coarse, fine = embedding.features["coarse"], embedding.features["fine"]
+        rows, columns = coarse.shape[1:]
+        maps = np.zeros((2, len(self._heads), height, width), np.float32)
+        logits = np.empty((2, 2 * rows, 2 * columns), np.float32)
+        for i, head in enumerate(self._heads.values()):
+            for y, top, below in _blocks(rows, _BLOCK_CELLS, 4):
+                for x, left, beyond in _blocks(columns, _BLOCK_CELLS, 4):
+                    inputs = [
+                        torch.from_numpy(
+                            values[
+                                :, y * each : (y + _BLOCK_CELLS) * each, x * each : (x + _BLOCK_CELLS) * each
+                            ].astype(np.float32)
+                        ).to(self._device)[None]
+                        for values, each in ((coarse, 1), (fine, 2))
+                    ]
+                    out = head(*inputs)[0].cpu().numpy()
+                    logits[:, 2 * top : 2 * below, 2 * left : 2 * beyond] = out[
+                        :, 2 * (top - y) : 2 * (below - y), 2 * (left - x) : 2 * (beyond - x)
+                    ]
+            for kind in range(2):
+                maps[kind, i] = _sigmoid(_resampled(logits[kind], (0, 0), CELL_PX / 2, 0, 0, width, height))
+        return DenseMaps(self.labels, maps[0], maps[1])
+
+
+def _blocks(length: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
+    """First cell, and first and last-but-one cell of the part that counts, of each block along one axis.
+
+    The parts that count cover ``0 … length`` once, ``overlap`` away from any block edge that is no edge of the whole.
+    """
+    if length <= size:
+        return [(0, 0, length)]
+    step = size - 2 * overlap
+    # Blocks start on the trunk's coarsest stride, so that each cell sees its surroundings as in one piece.
+    starts = [*range(0, length - size, step - step % (STRIDE_PX // CELL_PX)), length - size]
+    edges = [0, *(start + overlap for start in starts[1:]), length]
+    return [(start, a, b) for start, a, b in zip(starts, edges, edges[1:], strict=False)]
+
+
+def _reaches_inner_edge(mask: NDArray[np.bool_], window: _Window, grid_wh: tuple[int, int]) -> bool:
+    """Whether a mask of half-cells runs out of its window where there is more image to see."""
+    columns, rows = grid_wh
+    edges = (
+        (window.left > 0, mask[:, 0]),
+        (window.top > 0, mask[0]),
+        (window.left + window.width < columns, mask[:, -1]),
+        (window.top + window.height < rows, mask[-1]),
+    )
+    return any(inner and edge.mean() > 0.08 for inner, edge in edges)
+
+
+def _resampled(
+    values: NDArray[np.float32],
+    origin_px: tuple[float, float],
+    per_value: float,
+    left: int,
+    top: int,
+    right: int,
+    bottom: int,
+) -> NDArray[np.float32]:
+    """Values at the centres of pixels ``left … right``, ``top … bottom``.
+
+    A value is ``per_value`` pixels wide, and the first one begins at ``origin_px``.
+    """
+    offset = [(start + 0.5 - at) / per_value - 0.5 for start, at in zip((left, top), origin_px, strict=True)]
+    matrix = np.array([[1 / per_value, 0, offset[0]], [0, 1 / per_value, offset[1]]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    out = cv2.warpAffine(values, matrix, (right - left, bottom - top), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cast("NDArray[np.float32]", out)
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -30, 30))), np.float32)
+
+
+def _adapted(
+    logits: NDArray[np.float32], rgb: NDArray[np.uint8], clicks: FloatArray, is_foreground: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Logits that also follow the colours of the image at hand, by GrabCut from the sure parts of the answer.
+
+    Where the two disagree on what the object is, the network is right more often, and its answer stays.
+    """
+    rows, columns = np.nonzero(logits > 0)
+    if _GRABCUT_WEIGHT == 0 or not len(rows):
+        return logits
+    margin = 8 + int(0.4 * max(np.ptp(rows), np.ptp(columns)))
+    top, left = max(0, rows.min() - margin), max(0, columns.min() - margin)
+    part = np.s_[top : rows.max() + margin + 1, left : columns.max() + margin + 1]
+    seen = logits[part]
+    seeds = np.where(seen > 0, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    seeds[seen > _SURE_LOGIT] = cv2.GC_FGD
+    seeds[seen < -_SURE_LOGIT] = cv2.GC_BGD
+    for (x, y), value in zip(clicks - (left, top), is_foreground, strict=True):
+        cv2.circle(seeds, (int(x), int(y)), 1, cv2.GC_FGD if value else cv2.GC_BGD, -1)
+    if len(np.unique(seeds & 1)) < 2:
+        return logits
+    cv2.setRNGSeed(0)  # GrabCut's clusters start at random
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(np.ascontiguousarray(rgb[part]), seeds, (0, 0, 1, 1), *models, _GRABCUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
+    found = (seeds & 1).astype(bool)
+    if (found & (seen > 0)).sum() < _LEAST_AGREEMENT * (found | (seen > 0)).sum():
+        return logits
+    soft = np.clip(cv2.GaussianBlur(found.astype(np.float32), (0, 0), 0.8), 0.02, 0.98)
+    adapted = logits.copy()
+    adapted[part] += _GRABCUT_WEIGHT * np.log(soft / (1 - soft))
+    return adapted
+
+
+def _obeying(
+    logits: NDArray[np.float32], clicks_xy: FloatArray, is_foreground: NDArray[np.bool_], box: FloatArray | None
+) -> NDArray[np.float32]:
+    """Probabilities that do what the prompts say, from logits; all in the logits' own pixels."""
+    logits = logits.copy()
+    height, width = logits.shape
+    columns, rows = (np.clip(np.floor(clicks_xy[:, i]).astype(int), 0, n - 1) for i, n in ((0, width), (1, height)))
+    at_clicks = logits[rows[is_foreground], columns[is_foreground]]
+    if len(at_clicks) and at_clicks.max() < 0.3:
+        # The annotator says that there is an object: lower the bar, rather than answer with a dot.
+        logits += min(0.3 - float(at_clicks.max()), _MOST_LIFT)
+    for value in (True, False):
+        for x, y in clicks_xy[is_foreground == value]:
+            opposite = clicks_xy[is_foreground != value]
+            radius = _CLICK_RADIUS_PX
+            if len(opposite):
+                radius = min(radius, max(0.75, float(np.hypot(*(opposite - (x, y)).T).min()) / 2))
+            x0, y0 = max(0, int(x - 2 * radius)), max(0, int(y - 2 * radius))
+            near = logits[y0 : int(y + 2 * radius) + 2, x0 : int(x + 2 * radius) + 2]
+            ys, xs = np.ogrid[y0 + 0.5 : y0 + near.shape[0], x0 + 0.5 : x0 + near.shape[1]]
+            hill = (1.5 * (1 - ((xs - x) ** 2 + (ys - y) ** 2) / radius**2)).astype(np.float32)
+            near[:] = np.maximum(near, hill) if value else np.minimum(near, -hill)
+    if box is not None:
+        logits = np.minimum(logits, _box_limit(box, height, width))
+    for value, sign in ((True, 1), (False, -1)):
+        at = rows[is_foreground == value], columns[is_foreground == value]
+        logits[at] = sign * np.maximum(sign * logits[at], 0.5)
+
+    count, patches = cv2.connectedComponents((logits > 0).astype(np.uint8), connectivity=4)
+    kept = np.zeros(count, bool)
+    kept[patches[rows[is_foreground], columns[is_foreground]]] = True
+    kept[0] = False
+    if not kept.any() and count > 1:
+        areas = np.bincount(patches.ravel())[1:]
+        kept[1:] = areas >= 0.25 * areas.max()
+    probabilities = _sigmoid(logits)
+    # A rim outside the kept patches stays, so that the outline at one half runs smoothly between pixels.
+    around = cv2.dilate(kept[patches].astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)
+    probabilities[~around | ((patches > 0) & ~kept[patches])] = 0
+    return probabilities
+
+
+def _box_limit(box: FloatArray, height: int, width: int) -> NDArray[np.float32]:
+    """Logits that fall below zero at a margin outside the box, which an annotator draws a little off."""
+    margin = 1.5 + 0.06 * max(box[2] - box[0], box[3] - box[1])
+    ys, xs = np.ogrid[0.5:height, 0.5:width]
+    outside = np.maximum(np.maximum(box[0] - xs, xs - box[2]), np.maximum(box[1] - ys, ys - box[3]))
+    return np.asarray(4 * (margin - outside), np.float32)
+
+
+def _expected_iou(probabilities: NDArray[np.float32]) -> float:
+    """IoU of the mask at one half with a truth drawn from the probabilities, roughly."""
+    inside = probabilities > 0.5
+    sure = float(probabilities[inside].sum())
+    return sure / max(1e-6, float(inside.sum()) + float(probabilities[~inside].sum()))
