@@ -68,8 +68,10 @@ def run(folder: Path, scene: Path | None, truth_path: Path | None, *, check: boo
             _say("making a synthetic scene")
             make_scene(scene)
         truth_path = scene.with_name(f"{scene.stem}_truth.geojson")
-    _say("installing Label Studio, the first time")
-    venv = label_studio_venv() or install()
+    venv = label_studio_venv()
+    if venv is None:
+        _say("installing Label Studio, the first time")
+        venv = install()
     with _both(venv, folder) as (server, backend):
         _say(f"cutting {scene.name} into tiles")
         ingested = backend.command("ingest", str(scene), "--out", str(backend.data_dir))
