@@ -95,6 +95,7 @@ class Service:
         self._answers: SingleFlight[list[Json]] = SingleFlight()
         # Two: one tile's image is fetched and its outlines traced while the model is at another's.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tile")
+        self._untrained: dict[str, tuple[str, ...]] = {}
         self.started = time.time()
 
     def start(self) -> None:
@@ -116,7 +117,7 @@ class Service:
         if isinstance(label_config, str) and label_config.strip():
             config = parsed_config(label_config)
             self.predictor.wait(LOADING_S)
-            self._report_unknown_labels(project_key(project), config)
+            self._note_untrained_labels(project_key(project), config)
         self.predictor.wait(LOADING_S)
         return self.predictor.version(project_key(project))
 
@@ -173,6 +174,8 @@ class Service:
             "label_studio": self.settings.label_studio_url or None,
             "has_token": bool(self.settings.label_studio_api_key.get_secret_value()),
             "waiting": self.predictor.gate.waiting,
+            # Nothing is invented for a label that the model does not know: it gets no pre-labels until it was trained.
+            "untrained_labels": {project: list(labels) for project, labels in self._untrained.items() if labels},
             "versions": [
                 {"project": v.project, "name": v.name, "live": v.is_champion, "created": v.created.isoformat(),
                  "parent": v.parent, "metrics": dict(v.metrics), "note": v.tags.get("note", "")}
@@ -289,14 +292,12 @@ class Service:
     ) -> list[Json]:
         return labelstudio.results_of(regions, tag, tile, task_id=task_identity(task), version=model.version)
 
-    def _report_unknown_labels(self, project: str, config: LabelConfig) -> None:
+    def _note_untrained_labels(self, project: str, config: LabelConfig) -> None:
         known = self.predictor.model(project).segmenter.labels
-        for tag in config.tags:
-            for label in tag.unmatched(known):
-                log.info(
-                    "project %s: nothing is known of label %r yet; it gets no pre-labels until annotations of it have"
-                    " trained a model (known: %s)", project, label, ", ".join(known),
-                )  # fmt: skip
+        labels = tuple(dict.fromkeys(label for tag in config.wanted_tags for label in tag.unmatched(known)))
+        if labels != self._untrained.get(project, ()):
+            log.info("project %s: no pre-labels for %s until annotations of them train a model", project, labels)
+        self._untrained[project] = labels
 
     def _client(self) -> LabelStudio:
         return client_of(self.settings)

@@ -35,6 +35,7 @@ def render(facts: Mapping[str, Any]) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>GeoPrelabel</title><style>{_STYLE}</style><h1>GeoPrelabel</h1>"
         + _table(None, rows)
+        + _untrained(facts["untrained_labels"])
         + "<h2>Training</h2>"
         + _training(facts["training"])
         + "<h2>Model versions</h2>"
@@ -42,6 +43,16 @@ def render(facts: Mapping[str, Any]) -> str:
         + "<h2>Last problems</h2>"
         + _problems(facts["problems"])
         + "</html>"
+    )
+
+
+def _untrained(labels: Mapping[str, Sequence[str]]) -> str:
+    if not labels:
+        return ""
+    rows = [(escape(project), escape(", ".join(names))) for project, names in labels.items()]
+    return (
+        "<h2>Labels that nothing knows yet</h2><p class=quiet>Clicks and boxes work; pre-labels come once annotations"
+        " of them have trained a model.</p>" + _table(("Project", "Labels"), rows)
     )
 
 

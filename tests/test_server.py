@@ -377,6 +377,12 @@ def test_the_status_page_shows_problems_without_letting_them_in(client: FlaskCli
     assert "0123456789abcdef" not in page
 
 
+def test_labels_that_nothing_knows_are_on_the_status_page(client: FlaskClient):
+    assert post(client, "/setup", {"project": PROJECT, "schema": CONFIG}).status_code == 200
+    assert client.get("/status").get_json()["untrained_labels"] == {PROJECT: ["Moon base"]}
+    assert "Moon base" in client.get("/status", headers={"Accept": "text/html"}).get_data(as_text=True)
+
+
 def test_metrics_count_tasks(client: FlaskClient):
     predict(client, house_task(), {"id": 2, "data": {}})
     text = client.get("/metrics").get_data(as_text=True)
