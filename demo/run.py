@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -98,11 +99,12 @@ def run(folder: Path, scene: Path | None, truth_path: Path | None, *, check: boo
 
 @contextlib.contextmanager
 def _both(venv: Path, folder: Path) -> Iterator[tuple[LabelStudioServer, BackendServer]]:
-    server = LabelStudioServer(venv, folder / "label-studio")
+    server = LabelStudioServer(venv, folder / "label-studio", port=_kept_port(folder / "label-studio.port", 8080))
     _say("starting Label Studio (half a minute the first time)")
     with server:
         backend = BackendServer(
             folder / "data",
+            _kept_port(folder / "backend.port", 9090),
             LABEL_STUDIO_URL=server.url,
             LABEL_STUDIO_API_KEY=server.token,
             GEOPRELABEL_WEBHOOK_SECRET="demo-secret",
@@ -110,6 +112,21 @@ def _both(venv: Path, folder: Path) -> Iterator[tuple[LabelStudioServer, Backend
         _say("starting the backend")
         with backend:
             yield server, backend
+
+
+def _kept_port(file: Path, preferred: int) -> int:
+    """The port of earlier runs, since tasks in Label Studio name it; at first the preferred one, or a free one."""
+    if file.exists():
+        return int(file.read_text())
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", preferred))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    file.write_text(str(port))
+    return port
 
 
 class Checks:
