@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -119,9 +120,13 @@ def serve(
 
     Example: LABEL_STUDIO_URL=http://localhost:8080 LABEL_STUDIO_API_KEY=… geoprelabel serve
     """
+    settings = _settings(port=port, workers=workers)
+    if settings.workers > 1:
+        # prometheus-client decides when it is imported whether processes share their figures through files.
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="geoprelabel-metrics-"))
     from .server import serve as run
 
-    run(_settings(port=port, workers=workers))
+    run(settings)
 
 
 @app.command()

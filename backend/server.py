@@ -254,13 +254,13 @@ class Metrics:
             "geoprelabel_tasks_total", "Tasks predicted", ["kind", "outcome"], registry=self._registry
         )
         self._ready = Gauge(
-            "geoprelabel_ready", "Whether the model is loaded", registry=self._registry, multiprocess_mode="min"
+            "geoprelabel_ready", "Whether the model is loaded", registry=self._registry, multiprocess_mode="mostrecent"
         )
         self._waiting = Gauge(
             "geoprelabel_waiting",
             "Predictions in line for the device",
             registry=self._registry,
-            multiprocess_mode="sum",
+            multiprocess_mode="livesum",
         )
 
     def count(self, asked: PredictRequest, results: list[Any] | None) -> None:
@@ -296,11 +296,6 @@ def _clock(app: Flask, metrics: Metrics) -> None:
 def serve(settings: Settings) -> None:
     """Run the server until it is stopped: gunicorn, WORKERS processes of THREADS threads."""
     from gunicorn.app.base import BaseApplication
-
-    if settings.workers > 1:
-        import tempfile
-
-        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="geoprelabel-metrics-"))
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
