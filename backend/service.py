@@ -132,9 +132,10 @@ class Service:
         self.predictor.wait(self.settings.predict_budget_s)
         model = self.predictor.model(request.project)
         if request.context and len(request.tasks) == 1:
-            where = f"interactive predict, project {request.project}, task {request.tasks[0].get('id')}"
+            task = request.tasks[0]
+            where = f"interactive predict, {_named(task, request.project)}"
             try:
-                return [self._answer_prompt(model, config, request.tasks[0], request.context)], model.version
+                return [self._answer_prompt(model, config, task, request.context)], model.version
             except BackendError as error:
                 self.problems.add(where, error)
                 raise
@@ -222,7 +223,7 @@ class Service:
         self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any]
     ) -> Json | None:
         """A task's prediction, or None when it failed; then the reason is among the problems."""
-        where = f"predict, project {project}, task {task.get('id') if isinstance(task, Mapping) else task!r:.40}"
+        where = f"predict, {_named(task, project)}"
         try:
             if not isinstance(task, Mapping):
                 raise BadRequest(f"a task must be an object, got {type(task).__name__}")
@@ -335,6 +336,10 @@ def task_identity(task: Mapping[str, Any]) -> str:
     """What region ids depend on: the task's id, or its data where it has none yet."""
     number = task.get("id")
     return str(number) if number is not None else json.dumps(task.get("data"), sort_keys=True, default=str)
+
+
+def _named(task: Any, project: str) -> str:
+    return f"project {project}, task {task.get('id') if isinstance(task, Mapping) else f'{task!r:.40}'}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -254,6 +254,12 @@ def test_an_interactive_request_that_fails_says_why_in_the_status_line(client: F
     assert "value.x" in service.problems.recent()[0].message
 
 
+@pytest.mark.parametrize("task", ["nonsense", None, {"id": 1}, {"id": 1, "data": {"image": 7}}])
+def test_an_interactive_request_without_an_image_is_refused(client: FlaskClient, task: Any):
+    click = {"type": "keypoint", "to_name": "image", "from_name": "click", "value": {"x": 30, "y": 40}}
+    assert predict(client, task, context={"result": [click]}).status_code == 400
+
+
 def test_results_pass_through_a_place_that_cannot_be_read(client: FlaskClient, service: Service):
     task = house_task()
     task["data"]["tile"] = {"window": [0, 0, 256, 256], "crs": "EPSG:999999", "transform": [1, 0, 0, 0, -1, 0]}
