@@ -331,6 +331,12 @@ class LabelStudio:
         body = {"url": now.get("url"), "project": now.get("project"), **fields}
         return self._object(self._call("PATCH", path, body=body, timeout_s=_BACKEND_TIMEOUT_S), path)
 
+    def ask_backend(self, backend_id: int, task_id: int, prompts: Sequence[Mapping[str, Any]]) -> Json:
+        """What a smart tool in the page does: a backend's answer to prompts, ``data`` or ``errors``."""
+        path = f"/api/ml/{backend_id:d}/interactive-annotating"
+        body = {"task": task_id, "context": {"result": list(prompts)}}
+        return self._object(self._call("POST", path, body=body, timeout_s=_ACTION_TIMEOUT_S), path)
+
     def start_training(self, backend_id: int) -> None:
         """What the "Start Training" button does."""
         self._call("POST", f"/api/ml/{backend_id:d}/train", body={}, timeout_s=_BACKEND_TIMEOUT_S)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,26 +151,27 @@ class Gathered:
         """Training examples, one an annotated tile. A task that cannot be read is noted, and the next one taken."""
         from .training import Example
 
-        for number, task in enumerate(tasks):
-            if len(self.annotation_ids) >= MAX_TILES:
-                self.left_out[f"more than {MAX_TILES} annotated tiles"] += 1
-                continue
-            annotations = labelstudio.chosen_annotations(task)
-            if not annotations:
-                continue
+        # Label Studio gives tasks by id, so the last ones are the newest.
+        newest: deque[tuple[Mapping[str, Any], Mapping[str, Any]]] = deque(maxlen=MAX_TILES)
+        for task in tasks:
+            for annotation in labelstudio.chosen_annotations(task):
+                if len(newest) == MAX_TILES:
+                    self.left_out[f"tiles older than the newest {MAX_TILES}"] += 1
+                newest.append((task, annotation))
+        for number, (task, annotation) in enumerate(newest):
             try:
                 tag = config.tags[0]
                 url = labelstudio.image_of(task, tag)
                 image = images.fetch(url, task_id=task.get("id"))
                 tile = labelstudio.tile_of(task, url, (image.rgb.shape[1], image.rgb.shape[0]))
-                read = labelstudio.read_annotation(annotations[0], tile, config=config)
+                read = labelstudio.read_annotation(annotation, tile, config=config)
             except BackendError as error:
                 problems.add(f"training, task {task.get('id')}", error)
                 self.left_out["tiles that could not be read"] += 1
                 continue
             self.left_out.update(read.dropped)
-            self.annotation_ids.append(int(annotations[0].get("id") or 0))
-            progress(min(0.3, number / 100), f"reading annotations ({len(self.annotation_ids)})")
+            self.annotation_ids.append(int(annotation.get("id") or 0))
+            progress(0.3 * number / len(newest), f"reading annotations ({len(self.annotation_ids)})")
             regions = [(labels[r.label], r.polygon) for r in read.regions if r.label in labels]
             yield Example(image_rgb=image.rgb, regions=regions, place=place_of(tile, task))
 
@@ -209,8 +210,8 @@ def _publish(
     parent: ModelVersion | None,
 ) -> Fitted:
     version = segmenter.with_heads(heads).version
-    if parent is not None and parent.name == version:
-        return Fitted(version, "the annotations are those of the live version; nothing new to learn", is_new=False)
+    if any(known.name == version for known in registry.versions(project)):
+        return Fitted(version, f"the annotations are those of {version}; nothing new to learn", is_new=False)
     learned = f"learned from {len(gathered.annotation_ids)} tiles"
     better, judged = verdict(report)
     note = f"{learned}; {judged}"
@@ -235,7 +236,7 @@ def _publish(
 def verdict(report: TrainingReport) -> tuple[bool, str]:
     """Whether a new version goes live, and why, from its figures on the tiles that were held out.
 
-    It stays a challenger when no label does better there than with the shipped weights, or when one does worse. With
+    It stays a challenger when no label does better there than with the shipped weights, or one does worse by 0.01. With
     too few tiles to hold any out it goes live: the annotator asked for it, and ``geoprelabel models rollback`` undoes
     it.
     """

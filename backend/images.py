@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import concurrent.futures
 import functools
 import hashlib
 import io
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 
 from .client import Elsewhere, FileTooLarge, LabelStudio
 from .errors import BadImage, ImageRefused, LabelStudioDenied, LabelStudioError
+from .flight import SingleFlight
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ImageStore:
         self._cache_bytes = int(cache_mb * 2**20)
         self._kept: OrderedDict[tuple[str, int | None], _Kept] = OrderedDict()
         self._kept_bytes = 0
-        self._under_way: dict[tuple[str, int | None], concurrent.futures.Future[Image]] = {}
+        self._flights: SingleFlight[Image] = SingleFlight()
         self._lock = threading.Lock()
         # Pillow warns above its own limit; ours is checked before any pixel is decoded.
         if PIL.Image.MAX_IMAGE_PIXELS is not None:
@@ -139,24 +139,14 @@ class ImageStore:
             if kept and kept.stamp == stamp and time.monotonic() < kept.until_s:
                 self._kept.move_to_end(key)
                 return kept.image
-            future = self._under_way.get(key)
-            is_mine = future is None
-            if future is None:
-                future = self._under_way[key] = concurrent.futures.Future()
-        if not is_mine:
-            return future.result()
-        try:
+
+        def load() -> Image:
             image = self._load(url, path, task_id)
-        except BaseException as error:
             with self._lock:
-                del self._under_way[key]
-            future.set_exception(error)
-            raise
-        with self._lock:
-            del self._under_way[key]
-            self._keep(key, _Kept(image, stamp, time.monotonic() + _KEPT_S))
-        future.set_result(image)
-        return image
+                self._keep(key, _Kept(image, stamp, time.monotonic() + _KEPT_S))
+            return image
+
+        return self._flights.do(key, load)
 
     def close(self) -> None:
         """Let go of all connections and kept images."""

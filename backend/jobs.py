@@ -174,7 +174,8 @@ class Jobs:
         except BaseException:
             # Killed or interrupted: what was asked is still owed.
             self._update_ask(
-                project, lambda ask: replace(ask, changes=ask.changes + begun.changes, at_once=begun.at_once)
+                project,
+                lambda ask: replace(ask, changes=ask.changes + begun.changes, at_once=ask.at_once or begun.at_once),
             )
             raise
         self._write_run(

@@ -91,7 +91,7 @@ class Service:
         self.predictor = Predictor(settings, self.registry, segmenter=segmenter)
         self.jobs = Jobs(settings)
         self.problems = Problems(settings.data_dir)
-        self.images = ImageStore(settings, self._client() if settings.label_studio_url else None)
+        self.images = ImageStore(settings, client_of(settings) if settings.label_studio_url else None)
         self._answers: SingleFlight[list[Json]] = SingleFlight()
         # Two: one tile's image is fetched and its outlines traced while the model is at another's.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tile")
@@ -299,9 +299,6 @@ class Service:
         if labels != self._untrained.get(project, ()):
             log.info("project %s: no pre-labels for %s until annotations of them train a model", project, labels)
         self._untrained[project] = labels
-
-    def _client(self) -> LabelStudio:
-        return client_of(self.settings)
 
 
 # --- The project's name on the wire ---

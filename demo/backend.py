@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from demo.label_studio import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ class BackendServer:
 
     def __init__(self, data_dir: Path, port: int = 0, **environment: str) -> None:
         self.data_dir = data_dir.absolute()
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self.healthy_after_s = 0.0
@@ -146,10 +147,3 @@ class BackendServer:
                 raise BackendFailed(f"version {name} is not among {', '.join(versions)} after {timeout_s:.0f} s")
             time.sleep(0.2)
         return list(versions)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

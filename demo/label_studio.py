@@ -91,7 +91,7 @@ class LabelStudioServer:
         self.files_root.mkdir(parents=True, exist_ok=True)
         self.token = self._kept_token()
         # Asked for a port that is taken, Label Studio would quietly take the next one.
-        self.port = _free_port(self.port)
+        self.port = free_port(self.port)
         self._lay_out_database()
         arguments = [
             *("start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(self.port)),
@@ -241,7 +241,7 @@ def label_studio_venv() -> Path | None:
     return venv if (venv / "bin" / "label-studio").exists() else None
 
 
-def _free_port(wanted: int) -> int:
+def free_port(wanted: int = 0) -> int:
     """The port wanted, or any for 0. Raises LabelStudioFailed where it is taken."""
     with socket.socket() as probe:
         # As servers do: a port whose last connections are still winding down counts as free.
@@ -249,7 +249,7 @@ def _free_port(wanted: int) -> int:
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError as error:
-            raise LabelStudioFailed(f"port {wanted} cannot be had for Label Studio ({error.strerror})") from error
+            raise LabelStudioFailed(f"port {wanted} cannot be had ({error.strerror})") from error
         port: int = probe.getsockname()[1]
     return port
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from backend.client import LabelStudio
 from backend.labelstudio import PolygonTag
 from demo.annotator import Truth, drawn
 from demo.backend import REPOSITORY, BackendFailed, BackendServer
-from demo.label_studio import LabelStudioFailed, LabelStudioServer, install, label_studio_venv
+from demo.label_studio import LabelStudioFailed, LabelStudioServer, free_port, install, label_studio_venv
 from demo.scene import make_scene
 
 KEPT = REPOSITORY / ".demo"
@@ -118,13 +117,10 @@ def _kept_port(file: Path, preferred: int) -> int:
     """The port of earlier runs, since tasks in Label Studio name it; at first the preferred one, or a free one."""
     if file.exists():
         return int(file.read_text())
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", preferred))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    try:
+        port = free_port(preferred)
+    except LabelStudioFailed:
+        port = free_port()
     file.write_text(str(port))
     return port
 
@@ -167,10 +163,7 @@ class Checks:
             "original_width": 512, "original_height": 512, "image_rotation": 0, "is_positive": True,
             "value": {"x": x, "y": y, "width": 0.3, "labels": []},
         }  # fmt: skip
-        answer = self.api._call(  # the page's own call, which no program but this one makes
-            "POST", f"/api/ml/{self.backend_id}/interactive-annotating",
-            body={"task": task["id"], "context": {"result": [click]}},
-        )  # fmt: skip
+        answer = self.api.ask_backend(self.backend_id, task["id"], [click])
         regions = (answer.get("data") or {}).get("result") or []
         _must(bool(regions), f"a click on task {task['id']} is answered with a polygon")
         _must(regions[0]["value"].get("polygonlabels") == ["building"], "and with its class, building")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+
+from demo.label_studio import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -67,12 +68,6 @@ def test_a_scene_without_a_crs_is_refused_with_the_way_out(tmp_path: Path):
     assert "photo.tif" in refused.stderr
     assert "gdal_edit.py -a_srs" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

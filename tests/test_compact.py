@@ -16,14 +16,7 @@ from backend.compact import CompactNet, CompactSegmenter, DenseHead, save_heads,
 from backend.errors import BadImage, BadPrompt, BadWeights
 from backend.segmenter import Embedding, Prompts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The pictures are so small that more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

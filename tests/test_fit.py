@@ -86,6 +86,17 @@ def test_what_cannot_be_read_is_noted_and_the_rest_is_learned_from(settings: Set
     assert "task 1" in Problems(settings.data_dir).recent()[0].where
 
 
+def test_of_too_many_tiles_the_newest_are_learned_from(settings: Settings, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fit, "MAX_TILES", 2)
+    gathered = fit.Gathered()
+    tasks, labels = [annotated(number) for number in range(4)], {"House": "building"}
+    images, problems = ImageStore(settings, None), Problems(settings.data_dir)
+    examples = list(gathered.examples(tasks, CONFIG, labels, images, problems, lambda done, message: None))
+    assert gathered.annotation_ids == [102, 103]
+    assert [len(example.regions) for example in examples] == [1, 1]
+    assert gathered.left_out["tiles older than the newest 2"] == 2
+
+
 def test_nothing_to_learn_from_is_said(settings: Settings):
     with pytest.raises(TrainingError, match="no annotation was submitted"):
         run(settings, "4.17", [{**annotated(0), "annotations": []}])

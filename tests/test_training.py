@@ -15,14 +15,7 @@ from backend.compact import CompactSegmenter
 from backend.errors import TrainingError
 from backend.training import Example, train_heads
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tiles are so small that more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
