@@ -67,6 +67,9 @@ class Sheet:
 
     held_out: bool = False
 
+    prompted: bool = True
+    """Whether its objects have outlines that a click could mean."""
+
     def part(self, rows: slice, columns: slice, *, held_out: bool = False) -> Sheet:
         return replace(self, rgb=self.rgb[rows, columns], instances=self.instances[rows, columns], held_out=held_out)
 
@@ -82,14 +85,20 @@ class Group:
 
 
 GROUPS = {
-    "hot_banepa_e2e": Group(0.40, (0.3, 1.7)),
-    "hot_zanzibar": Group(0.27, (0.25, 1.7)),
-    "hot_banepa_small": Group(0.08, (0.3, 1.7), negatives=0.3),
-    "massachusetts_buildings_figs": Group(0.14, (1.2, 4.0)),
-    "agoro_fields": Group(0.07, (0.35, 1.3)),
-    "dubai_mbrsc": Group(0.03, (0.5, 1.8)),
-    "massachusetts_roads_figs": Group(0.01, (0.7, 2.0)),
+    "hot_banepa_e2e": Group(0.33, (0.3, 1.7)),
+    "hot_zanzibar": Group(0.22, (0.25, 1.7)),
+    "hot_banepa_small": Group(0.06, (0.3, 1.7), negatives=0.3),
+    "massachusetts_buildings_figs": Group(0.12, (1.2, 4.0)),
+    "agoro_fields": Group(0.12, (0.3, 1.3)),
+    "dubai_mbrsc": Group(0.08, (0.5, 1.8)),
+    "massachusetts_roads_figs": Group(0.03, (0.7, 2.0)),
+    "naip_urban_trees": Group(0.04, (0.6, 2.5)),
 }
+
+PASTED = 0.35
+"""Share of crops with buildings that get buildings of another crop laid on them, and ..."""
+MADE = 0.06
+"""... share of crops that get shapes made in code, filled with the imagery of another crop."""
 
 
 def drawn(polygons: list, height: int, width: int) -> NDArray[np.int32]:
@@ -147,6 +156,18 @@ def semantic(folder: Path, values: dict[int, int], known: frozenset[int]) -> Ite
         yield Sheet(folder.name, rgb, instances, np.array(classes, np.int8), known)
 
 
+def greenery(folder: Path) -> Iterator[Sheet]:
+    """Vegetation by its near infrared: NDVI above 0.15, less a rim where it is unsure."""
+    for path in sorted((folder / "images").glob("*.tif")):
+        with rasterio.open(path) as file:
+            bands = file.read((1, 2, 3, 4))
+        red, near = bands[0].astype(np.float32), bands[3].astype(np.float32)
+        index = cv2.GaussianBlur((near - red) / (near + red + 1), (0, 0), 0.8)
+        rgb = np.ascontiguousarray(np.moveaxis(bands[:3], 0, -1))
+        instances = (index > 0.15).astype(np.int32)
+        yield Sheet(folder.name, rgb, instances, np.array([-1, 3], np.int8), frozenset({3}), prompted=False)
+
+
 def sheets(data: Path) -> list[Sheet]:
     """All labelled imagery, split by place. The east of Banepa (columns from 2048) is kept for judging: left out."""
     found: list[Sheet] = []
@@ -168,6 +189,7 @@ def sheets(data: Path) -> list[Sheet]:
         (photos(data / "massachusetts_buildings_figs", 0), 6),
         (photos(data / "agoro_fields", 4), 6),
         (semantic(data / "massachusetts_roads_figs", {1: 1, 255: 1}, frozenset({1})), 99),
+        (greenery(data / "naip_urban_trees"), 7),
     ):
         found += [replace(sheet, held_out=i % every == every - 1) for i, sheet in enumerate(folder)]
     # Dubai's buildings are coarse blocks, and no class here.
@@ -188,6 +210,7 @@ class Crop:
     classes: NDArray[np.int8]
     known: frozenset[int]
     negatives: float
+    prompted: bool = True
 
 
 def recoloured(rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -201,6 +224,9 @@ def recoloured(rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     if rng.random() < 0.4:
         grey = x.mean(2, keepdims=True)
         x = grey + (x - grey) * rng.uniform(0.0, 1.8)
+    if rng.random() < 0.15:  # other bands, or a cast that no season gives
+        mix = np.eye(3) + rng.normal(0, 0.1, (3, 3))
+        x = x @ (mix / mix.sum(1, keepdims=True)).astype(np.float32)
     if rng.random() < 0.25:
         x = cv2.GaussianBlur(x, (0, 0), rng.uniform(0.4, 1.6))
     if rng.random() < 0.2:
@@ -251,7 +277,72 @@ def cropped(sheet: Sheet, rng: np.random.Generator, *, augment: bool = True) -> 
     valid = cv2.warpAffine(np.ones((height, width), np.float32), matrix, size, flags=cv2.INTER_NEAREST)
     if augment:
         rgb = recoloured(rgb, rng)
-    return Crop(rgb, instances, valid, sheet.classes, sheet.known, group.negatives)
+    return Crop(rgb, instances, valid, sheet.classes, sheet.known, group.negatives, sheet.prompted)
+
+
+def laid_on(
+    crop: Crop, rgb: NDArray[np.uint8], mask: NDArray[np.bool_], label: int, rng: np.random.Generator
+) -> Crop:
+    """The crop with a piece of another image laid on it as an object, its shade beside it now and then."""
+    soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.3, 1.0))[..., None]
+    ground = crop.rgb.astype(np.float32)
+    if rng.random() < 0.5:
+        turn = rng.uniform(0, 2 * math.pi)
+        reach = rng.uniform(2, 10)
+        shift = np.array([[1, 0, reach * math.cos(turn)], [0, 1, reach * math.sin(turn)]])
+        shade = cv2.warpAffine(mask.astype(np.float32), shift, (CROP_PX, CROP_PX))
+        ground *= 1 - rng.uniform(0.2, 0.6) * cv2.GaussianBlur(shade, (0, 0), 1.0)[..., None]
+    mixed = (ground * (1 - soft) + rgb * soft).astype(np.uint8)
+    number = len(crop.classes)
+    instances = np.where(mask, number, crop.instances).astype(np.int32)
+    return replace(crop, rgb=mixed, instances=instances, classes=np.append(crop.classes, np.int8(label)))
+
+
+def with_pasted(crop: Crop, other: Crop, rng: np.random.Generator) -> Crop:
+    """Some buildings of another crop, moved, on this one where no building is yet."""
+    numbers, areas = np.unique(other.instances, return_counts=True)
+    fit = [n for n, a in zip(numbers, areas, strict=True) if n and MIN_OBJECT_PX <= a <= 0.15 * CROP_PX**2]
+    for number in rng.permutation(fit)[: int(rng.integers(1, 6))]:
+        move = np.array([[1, 0, rng.uniform(-90, 90)], [0, 1, rng.uniform(-90, 90)]]).round()
+        mask = cv2.warpAffine((other.instances == number).astype(np.uint8), move, (CROP_PX, CROP_PX)) > 0
+        if mask.sum() < MIN_OBJECT_PX or (crop.instances[mask] > 0).any():
+            continue
+        label = int(other.classes[number])
+        crop = laid_on(crop, cv2.warpAffine(other.rgb, move, (CROP_PX, CROP_PX)), mask, label, rng)
+    return crop
+
+
+def with_made(crop: Crop, other: Crop, rng: np.random.Generator) -> Crop:
+    """Rectangles, angles, courtyards, blobs and strips of another crop's imagery: objects of no class."""
+    for _ in range(int(rng.integers(2, 6))):
+        canvas = np.zeros((CROP_PX, CROP_PX), np.uint8)
+        centre = rng.uniform(30, CROP_PX - 30, 2)
+        length, width = np.exp(rng.uniform(np.log(10), np.log(110), 2))
+        kind = rng.random()
+        if kind < 0.6:
+            box = np.array([[-length, -width], [length, -width], [length, width], [-length, width]]) / 2
+            if rng.random() < 0.4:  # an angle: a corner is cut out
+                cut = rng.uniform(0.3, 0.7, 2) * (length, width)
+                box = np.r_[box[:2], [[length / 2, width / 2 - cut[1]], [length / 2 - cut[0], width / 2 - cut[1]]],
+                            [[length / 2 - cut[0], width / 2]], box[3:]]  # fmt: skip
+        else:
+            turns = np.sort(rng.uniform(0, 2 * math.pi, 24))
+            away = 1 + 0.3 * np.sin(turns * rng.integers(1, 4) + rng.uniform(0, 6)) + rng.normal(0, 0.06, 24)
+            box = np.c_[np.cos(turns) * length, np.sin(turns) * width] / 2 * away[:, None]
+        angle = rng.uniform(0, math.pi)
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        cv2.fillPoly(canvas, [np.round((box @ turn.T + centre) * 16).astype(np.int32)], 1, shift=4)
+        if kind < 0.6 and rng.random() < 0.2:  # a courtyard
+            cv2.fillPoly(canvas, [np.round((0.4 * box @ turn.T + centre) * 16).astype(np.int32)], 0, shift=4)
+        if canvas.sum() < MIN_OBJECT_PX:
+            continue
+        # One even stretch of imagery, rather than whatever lies at the same place.
+        patch = int(rng.integers(24, 128))
+        y, x = rng.integers(0, CROP_PX - patch, 2)
+        filling = cv2.resize(other.rgb[y : y + patch, x : x + patch], (CROP_PX, CROP_PX))
+        crop = laid_on(crop, filling, canvas > 0, -1, rng)
+    # What a class is cannot be learned from shapes that hide it.
+    return replace(crop, known=frozenset())
 
 
 def halved(mask: NDArray, by: int = 2) -> NDArray[np.float32]:
@@ -337,19 +428,30 @@ def batch(all_sheets: list[Sheet], rng: np.random.Generator, *, crops: int = CRO
     by_group: dict[str, list[Sheet]] = {}
     for sheet in all_sheets:
         by_group.setdefault(sheet.group, []).append(sheet)
-    names = list(by_group)
-    odds = np.array([GROUPS[name].weight for name in names])
     chosen: list[Crop] = []
-    for _ in range(crops):
+
+    def another(names: list[str]) -> Crop:
+        odds = np.array([GROUPS[name].weight for name in names])
         group = by_group[names[int(rng.choice(len(names), p=odds / odds.sum()))]]
         areas = np.array([sheet.instances.size for sheet in group], float)
-        chosen.append(cropped(group[int(rng.choice(len(group), p=areas / areas.sum()))], rng, augment=augment))
+        return cropped(group[int(rng.choice(len(group), p=areas / areas.sum()))], rng, augment=augment)
+
+    built = [name for name in by_group if 0 in by_group[name][0].known]
+    for _ in range(crops):
+        crop = another(list(by_group))
+        if augment and rng.random() < MADE:
+            crop = with_made(crop, another(list(by_group)), rng)
+        elif augment and 0 in crop.known and rng.random() < PASTED:
+            crop = with_pasted(crop, another(built), rng)
+        chosen.append(crop)
     targets, weights = zip(*(dense_targets(crop) for crop in chosen), strict=True)
     result = Batch(
         torch.from_numpy(np.stack([crop.rgb for crop in chosen])).permute(0, 3, 1, 2).float(),
         torch.from_numpy(np.stack(targets)), torch.from_numpy(np.stack(weights)), [], [], [], [],
     )  # fmt: skip
     for i, crop in enumerate(chosen):
+        if not crop.prompted:
+            continue
         numbers, areas = np.unique(crop.instances, return_counts=True)
         fit = [n for n, a in zip(numbers, areas, strict=True) if n and MIN_OBJECT_PX <= a <= 0.5 * CROP_PX**2]
         for number in rng.permutation(fit)[:OBJECTS_A_CROP]:
@@ -424,7 +526,7 @@ def step_loss(net: compact.CompactNet, data: Batch, rng: np.random.Generator) ->
     logits = torch.stack([net.heads[i](coarse, fine) for i in told], 1)
     dense = dense_loss(logits, data.target[:, told], data.weight[:, told])
     if not data.masks:
-        return dense, {"dense": dense.item()}
+        return 0.7 * dense, {"dense": dense.item()}
     rgb_coarse, rgb_fine = colours(data.rgb)
     owner = torch.tensor(data.owner)
     views = (net.decoder.context(coarse)[owner], fine[owner], rgb_coarse[owner], rgb_fine[owner])
@@ -440,7 +542,7 @@ def step_loss(net: compact.CompactNet, data: Batch, rng: np.random.Generator) ->
     with torch.no_grad():
         hit, truth = sharp > 0, target[half] > 0.5
         iou = ((hit & truth).sum((1, 2, 3)) / (hit | truth).sum((1, 2, 3)).clamp(min=1)).mean().item()
-    total = 0.6 * losses[0] + 0.4 * losses[1] + losses[2] + 0.5 * dense
+    total = 0.6 * losses[0] + 0.4 * losses[1] + losses[2] + 0.7 * dense
     return total, {"dense": dense.item(), "first": losses[0].item(), "sharp": losses[2].item(), "iou": iou}
 
 
@@ -606,7 +708,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 2.0)
         optimizer.step()
         step += 1
-        keep = min(0.995, (1 + step) / (10 + step))
+        keep = min(0.998, (1 + step) / (10 + step))
         for name, value in net.state_dict().items():
             average[name].lerp_(value, 1 - keep)
         shown = {k: v if k not in shown else 0.95 * shown[k] + 0.05 * v for k, v in {**shown, **parts}.items()}
