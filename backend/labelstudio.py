@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import math
 import re
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -37,8 +40,14 @@ MAX_CONFIG_CHARS = 200_000
 MAX_REASON_CHARS = 119
 """Room that the HTTP status line has for the sentence Label Studio shows."""
 
+MAX_PNG_CHARS = 10_000_000
 MAX_RLE_BYTES = 1_000_000
 MAX_RLE_PIXELS = 50_000_000
+
+_AS_PAINTED = vectorize.VectorizeOptions(min_area_px=0.0, min_hole_px=0.0, max_vertices=100_000)
+"""What a person painted is read whole, however small and however long its outline."""
+
+_PNG_URL = "data:image/png;base64,"
 
 Result = dict[str, Any]
 """One entry of Label Studio's ``result`` list."""
@@ -164,16 +173,7 @@ def parse_config(xml: str) -> LabelConfig:
 
     Raises BadConfig with one short Latin-1 sentence: Label Studio shows the HTTP reason phrase and nothing else.
     """
-    if not isinstance(xml, str) or not xml.strip():
-        raise _bad_config("The project has no label config; add PolygonLabels linked to an Image")
-    if len(xml) > MAX_CONFIG_CHARS:
-        raise _bad_config(f"Label config has {len(xml)} characters, the limit is {MAX_CONFIG_CHARS}")
-    try:
-        root = ElementTree.fromstring(xml, forbid_dtd=True)
-    except ParseError as error:
-        raise _bad_config(f"Label config is not XML: {error}") from error
-    except ValueError as error:  # entities, document types, lone surrogates
-        raise _bad_config(f"Label config is not plain XML: {type(error).__name__}") from error
+    root = _root_of(xml)
 
     # Label Studio's editor reads tag names in any case.
     named = [(element.tag.casefold(), element) for element in root.iter() if isinstance(element.tag, str)]
@@ -197,6 +197,33 @@ def parse_config(xml: str) -> LabelConfig:
             else "No PolygonLabels tag linked to an Image tag"
         )
     return LabelConfig(tuple(tags), tuple(prompts), hashlib.sha256(xml.encode()).hexdigest()[:16])
+
+
+def _root_of(xml: str) -> Element:
+    if not isinstance(xml, str) or not xml.strip():
+        raise _bad_config("The project has no label config; add PolygonLabels linked to an Image")
+    if len(xml) > MAX_CONFIG_CHARS:
+        raise _bad_config(f"Label config has {len(xml)} characters, the limit is {MAX_CONFIG_CHARS}")
+    try:
+        root: Element = ElementTree.fromstring(xml, forbid_dtd=True)
+    except ParseError as error:
+        raise _bad_config(f"Label config is not XML: {error}") from error
+    except ValueError as error:  # entities, document types, lone surrogates
+        raise _bad_config(f"Label config is not plain XML: {type(error).__name__}") from error
+    return root
+
+
+def labels_by_tag(xml: str) -> dict[str, frozenset[str]]:
+    """The labels that each control tag of a config offers, by the tag's name, whatever its kind.
+
+    Empty for a tag whose labels come from task data. Raises BadConfig where the config cannot be read.
+    """
+    root = _root_of(xml)
+    return {
+        element.get("name", ""): frozenset(label.value for label in _labels(element))
+        for element in root.iter()
+        if isinstance(element.tag, str) and element.get("name") and element.get("toName")
+    }
 
 
 _PROMPT_KINDS: dict[str, Literal["keypoint", "rectangle"]] = {
@@ -577,6 +604,23 @@ def _within(polygon: Polygon, tile: Tile) -> list[Polygon]:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledPoint:
+    """A keypoint that is no prompt."""
+
+    point_xy: tuple[float, float]
+    """In tile pixels, inside the tile."""
+
+    label: str
+    """Name of the class, as the label config spells it; empty where it has none."""
+
+    score: float | None = None
+    """How sure the model was, 0…1; None for what a person set."""
+
+    id: str = ""
+    """Label Studio's region id."""
+
+
+@dataclass(frozen=True, slots=True)
 class AnnotationRead:
     """What a person accepted or drew, and what was left out."""
 
@@ -584,6 +628,9 @@ class AnnotationRead:
 
     dropped: Counter[str]
     """Why results were left out or changed, and how often."""
+
+    points: tuple[LabelledPoint, ...] = ()
+    """Keypoints, which are no areas."""
 
 
 CANCELLED = "the annotation was cancelled"
@@ -603,11 +650,12 @@ def read_annotation(
 ) -> AnnotationRead:
     """The regions of an annotation, in tile pixels, valid and inside the tile.
 
-    Polygons, rectangles, ellipses, closed vectors and brush strokes become polygons. A bridged ring gets its holes
-    back. A result that turns out to be several polygons becomes several regions with one ``object_id``. Unlabelled
-    regions keep an empty label. Prompts that were left over, labels that leaked from a prompt onto an accepted region,
-    and whatever cannot be read are counted in ``dropped``. Rectangles of a smart tag are prompts, which only ``config``
-    can tell; without it labelled rectangles are regions. ``to_name`` keeps the regions of one image.
+    Polygons, rectangles, ellipses, closed vectors, brush strokes and bitmasks become polygons. A bridged ring gets its
+    holes back. A result that turns out to be several polygons becomes several regions with one ``object_id``.
+    Unlabelled regions keep an empty label. Keypoints become ``points``. Prompts that were left over, labels that leaked
+    from a prompt onto an accepted region, and whatever cannot be read are counted in ``dropped``. Rectangles and
+    keypoints of a smart tag are prompts, which only ``config`` can tell; without it those with a label are not.
+    ``to_name`` keeps the regions of one image.
     Raises BadRequest where ``annotation`` is not an annotation at all.
     """
     if not isinstance(annotation, Mapping):
@@ -621,14 +669,24 @@ def read_annotation(
     smart = {(prompt.from_name, prompt.kind) for prompt in config.prompts} if config else set()
 
     regions: list[Region] = []
+    points: list[LabelledPoint] = []
     shapes, labels_beside = _by_region(results, dropped)
     for result in shapes:
         reason = _why_not(result, smart, to_name, has_label=bool(_label_in(result)) or _id_of(result) in labels_beside)
         if reason:
             dropped[reason] += 1
             continue
+        names = _labels_in(result) or labels_beside.get(_id_of(result), [])
+        label = names[0] if names else ""
+        score = None if isinstance(result.get("score"), str) else _finite(result.get("score"))
         try:
+            if _kind_of(result) == "keypoint":
+                points.append(LabelledPoint(_read_point(result["value"], tile), label, score, _id_of(result)))
+                continue
             polygons, reasons = _read_shape(result, tile)
+        except _Outside:
+            dropped[OUTSIDE] += 1
+            continue
         except BadRequest:
             dropped[UNREADABLE] += 1
             continue
@@ -638,32 +696,41 @@ def read_annotation(
             if polygons or not reasons:
                 dropped[OUTSIDE if polygons else EMPTY] += 1
             continue
-        names = _labels_in(result) or labels_beside.get(_id_of(result), [])
         dropped.update({MORE_LABELS: len(names) - 1} if len(names) > 1 else {})
         object_id = _object_of(result)
         if len(parts) > 1:
             object_id = object_id or _id_of(result)
-        score = None if isinstance(result.get("score"), str) else _finite(result.get("score"))
-        whole = Region(parts[0], names[0] if names else "", score, _id_of(result), object_id)
+        whole = Region(parts[0], label, score, _id_of(result), object_id)
         regions += [replace(whole, polygon=part) for part in parts]
-    return AnnotationRead(regions, dropped)
+    return AnnotationRead(regions, dropped, tuple(points))
 
 
-def chosen_annotations(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The annotation that counts for a task, or none: the newest ground truth, else the newest that was submitted.
+WHICH_ANNOTATIONS = ("ground_truth", "latest", "all")
+"""Which of a task's annotations can count."""
 
-    One, since two annotators' outlines of the same buildings would count every building twice. Cancelled (skipped)
-    annotations never count.
+
+def chosen_annotations(task: Mapping[str, Any], *, which: str = "ground_truth") -> list[Mapping[str, Any]]:
+    """The annotations that count for a task, oldest first; none where nobody submitted one.
+
+    ``ground_truth`` is the newest ground truth, else the newest that was submitted; ``latest`` the newest submitted,
+    ground truth or not: one, since two annotators' outlines of the same buildings would count every building twice.
+    ``all`` is every one. No consensus is made of several. Cancelled (skipped) annotations never count. Raises
+    BadRequest for another choice.
     """
+    if which not in WHICH_ANNOTATIONS:
+        raise BadRequest(f"annotations must be one of {', '.join(WHICH_ANNOTATIONS)}, got {which!r:.40}")
     annotations = task.get("annotations") or []
     submitted = [item for item in annotations if isinstance(item, Mapping) and not item.get("was_cancelled")]
-    truths = [item for item in submitted if item.get("ground_truth")]
 
     def age(item: Mapping[str, Any]) -> tuple[str, float]:
         # One server writes all time stamps in one format, so that their text sorts as they do.
         return str(item.get("updated_at") or item.get("created_at") or ""), _finite(item.get("id")) or 0.0
 
-    return sorted(truths or submitted, key=age)[-1:]
+    submitted.sort(key=age)
+    if which == "all":
+        return submitted
+    truths = [item for item in submitted if item.get("ground_truth")] if which == "ground_truth" else []
+    return (truths or submitted)[-1:]
 
 
 _SHAPES = {
@@ -671,6 +738,7 @@ _SHAPES = {
     "rectangle": "height",
     "ellipse": "radiusX",
     "brush": "rle",
+    "bitmask": "imageDataURL",
     "vector": "vertices",
     "keypoint": "x",
 }
@@ -702,7 +770,9 @@ def _by_region(results: list[Any], dropped: Counter[str]) -> tuple[list[Mapping[
 
 def _is_leak(kind: str, value: Mapping[str, Any]) -> bool:
     """A result that carries another tag's outline instead of its own: a label that leaked, not something drawn."""
-    return _SHAPES[kind] not in value and any(key in value for key in _SHAPES.values())
+    is_foreign = any(key in value for other, key in _SHAPES.items() if other != kind)
+    # Every shape but a keypoint has a key that no other has.
+    return is_foreign and (kind == "keypoint" or _SHAPES[kind] not in value)
 
 
 def _why_not(
@@ -712,9 +782,9 @@ def _why_not(
     kind = _kind_of(result)
     if to_name is not None and result.get("to_name") != to_name:
         return OTHER_IMAGE
-    if "is_positive" in result or kind == "keypoint" or (result.get("from_name"), kind) in smart:
+    if "is_positive" in result or (str(result.get("from_name")), kind) in smart:
         return PROMPT
-    if kind == "rectangle" and not has_label and not smart:
+    if kind in ("rectangle", "keypoint") and not has_label and not smart:
         return PROMPT
     if result.get("image_rotation"):
         return ROTATED_VIEW
@@ -763,11 +833,52 @@ def _read_shape(result: Mapping[str, Any], tile: Tile) -> tuple[list[Polygon], l
             return vectorize.repair(Polygon(_rectangle_px(value, tile.size))), []
         case "ellipse":
             return vectorize.repair(Polygon(_ellipse_px(value, tile.size))), []
-        case _:
-            mask = brush_mask(value.get("rle"), (result.get("original_width"), result.get("original_height")))
+        case kind:
+            if kind == "bitmask":
+                mask = bitmask(value.get("imageDataURL"))
+            else:
+                mask = brush_mask(value.get("rle"), (result.get("original_width"), result.get("original_height")))
             scale = tile.size[0] / mask.shape[1], tile.size[1] / mask.shape[0]
-            polygons = vectorize.mask_polygons(mask)
+            polygons = vectorize.mask_polygons(mask, options=_AS_PAINTED)
             return [shapely.transform(polygon, lambda points: points * scale) for polygon in polygons], []
+
+
+class _Outside(Exception):
+    pass
+
+
+def _read_point(value: Mapping[str, Any], tile: Tile) -> tuple[float, float]:
+    """A keypoint in tile pixels. Raises BadRequest, or _Outside."""
+    x, y = np.array([_number(value, "x"), _number(value, "y")]) * tile.size / 100.0
+    if not (0 <= x <= tile.size[0] and 0 <= y <= tile.size[1]):
+        raise _Outside
+    return float(x), float(y)
+
+
+def outline_px(result: Mapping[str, Any], size: tuple[int, int]) -> FloatArray | None:
+    """Points of a result's outline as it was drawn, (N, 2) in pixels, also where it leaves the image of that size.
+
+    None for what has no outline (a brush stroke) and for what cannot be read.
+    """
+    value = result.get("value")
+    if not isinstance(value, Mapping):
+        return None
+    try:
+        match _kind_of(result):
+            case "polygon":
+                return _ring(value.get("points")) * size / 100.0
+            case "vector":
+                return (
+                    _ring([[vertex.get("x"), vertex.get("y")] for vertex in value.get("vertices") or []]) * size / 100
+                )
+            case "rectangle":
+                return _rectangle_px(value, size)
+            case "ellipse":
+                return _ellipse_px(value, size)
+            case _:
+                return None
+    except (BadRequest, AttributeError, TypeError):
+        return None
 
 
 def _ring(points: Any) -> FloatArray:
@@ -838,6 +949,31 @@ def brush_mask(rle: Any, size: tuple[Any, Any]) -> NDArray[np.bool_]:
         if start == len(values):
             return values[3::4].reshape(rows, columns) > 127
     raise BadRequest("value.rle ends too early")
+
+
+def bitmask(data_url: Any) -> NDArray[np.bool_]:
+    """The pixels that a bitmask covers, (rows, columns), from Label Studio's ``imageDataURL``.
+
+    That is a PNG in base64; as in Label Studio's page, every pixel counts that is not wholly transparent. Raises
+    BadRequest.
+    """
+    # Pillow takes a while to import.
+    from PIL import Image
+
+    if not isinstance(data_url, str) or not data_url.startswith(_PNG_URL):
+        raise BadRequest(f"value.imageDataURL must start with {_PNG_URL}, got {data_url!r:.40}")
+    if len(data_url) > MAX_PNG_CHARS:
+        raise BadRequest(f"value.imageDataURL has {len(data_url)} characters, the limit is {MAX_PNG_CHARS}")
+    try:
+        packed = base64.b64decode(data_url[len(_PNG_URL) :], validate=True)
+        # The size stands at the same place in every PNG; it is read before anything is unpacked.
+        columns, rows = int.from_bytes(packed[16:20]), int.from_bytes(packed[20:24])
+        if not 0 < columns * rows <= MAX_RLE_PIXELS:
+            raise BadRequest(f"a bitmask must have 1 to {MAX_RLE_PIXELS} pixels, got {columns} x {rows}")
+        with Image.open(io.BytesIO(packed), formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGBA"))[..., 3] > 0
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise BadRequest(f"value.imageDataURL is not a readable PNG: {error}") from error
 
 
 def _runs(packed: bytes) -> Iterator[tuple[int, NDArray[np.uint8]]]:

@@ -1,13 +1,12 @@
 """Probabilities and masks to valid polygons, and Label Studio's single rings back to polygons with holes.
 
 All coordinates are corner-based tile pixels: x right, y down, pixel 0 spans 0…1. What leaves this module is valid,
-not empty and inside the image. The way out is ``polygons``, ``mask_polygons`` or ``instances``, then ``bridge``;
-the way back is ``unbridge``; ``repair`` mends what others drew and ``rasterize`` paints it.
+not empty and inside the image. The way out is ``polygons``, ``mask_polygons`` or ``numbered_polygons``, then
+``bridge``; the way back is ``unbridge``; ``repair`` mends what others drew and ``rasterize`` paints it.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import math
@@ -24,8 +23,7 @@ from shapely import LineString, MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
-from .errors import BadConfig
-from .segmenter import DenseMaps
+from .contours import Rings, contours
 
 # scipy and scikit-image take most of a second to import. They are imported where they are used, so that a server
 # answers its health check before that.
@@ -38,16 +36,6 @@ Size = tuple[int, int]
 
 GRID_PX = 2.0**-10
 """Coordinates lie on this grid, in pixels: whatever is apart stays apart through percent and back."""
-
-DOUBT_AS_BORDER = 0.5
-"""How much of a border a pixel counts as where the class is surely absent."""
-
-SMOOTHING_PX = 1.5
-BASIN_DEPTH = 0.1
-"""A piece of its own is what lies this much below the border around it, before neighbours are joined."""
-
-WEAK_BORDER = 0.45
-"""Neighbours are one object where the border between them is weaker than this on average. Chosen on Banepa's west."""
 
 # A crossing this near to a pixel's centre would round onto it, and rings that meet there would touch.
 _LEVEL_GAP = 2 * GRID_PX
@@ -105,17 +93,6 @@ class VectorizeOptions:
 _DEFAULTS = VectorizeOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """One object that a model found."""
-
-    polygons: tuple[Polygon, ...]
-    """Its parts, largest first; nearly always one."""
-
-    score: float
-    """Mean probability over its pixels, 0…1."""
-
-
 # --- probabilities and masks to polygons ------------------------------------------------------------------------------
 
 
@@ -132,7 +109,7 @@ def polygons(
     if window is None:
         return []
     level = _level(_clean(_framed(probabilities, window)), threshold)
-    return _largest_first(_drawn(_traced(level, window, probabilities.shape, options), probabilities.shape, options))
+    return _largest_first(_outlined(level > 0, level, window, probabilities.shape, options)[0])
 
 
 def mask_polygons(mask: BoolArray, *, options: VectorizeOptions = _DEFAULTS) -> list[Polygon]:
@@ -145,50 +122,30 @@ def mask_polygons(mask: BoolArray, *, options: VectorizeOptions = _DEFAULTS) -> 
     window = _window_of(mask)
     if window is None:
         return []
-    corner_xy = window[1].start, window[0].start
-    pixels = mask[window].astype(np.uint8)
-    exact = []
-    for geometry, _ in rasterio.features.shapes(pixels, mask=pixels.astype(bool), connectivity=4):
-        rings = [np.add(ring, corner_xy) for ring in geometry["coordinates"]]
-        holes = [ring for ring in rings[1:] if abs(_signed_area(ring[:-1])) >= options.min_hole_px]
-        exact += [part for part in repair(Polygon(rings[0], holes)) if part.area >= options.min_area_px]
-    exact = _without_buried(exact)
-    size = mask.shape[1], mask.shape[0]
-    parts = [_simplified(polygon, size, options, outline=_midpoints(polygon, size)) for polygon in exact]
-    return _largest_first(itertools.chain.from_iterable(parts))
+    return _largest_first(_outlined(_framed(mask, window), None, window, mask.shape, options)[0])
 
 
-def instances(
-    dense: DenseMaps, label: str, *, threshold: float = 0.5, options: VectorizeOptions = _DEFAULTS
-) -> list[Instance]:
-    """Single objects of a class, largest first. Neighbours that touch share their border before simplification.
+def numbered_polygons(
+    numbers: NDArray[np.int32],
+    probabilities: FloatArray,
+    *,
+    threshold: float = 0.5,
+    options: VectorizeOptions = _DEFAULTS,
+) -> list[list[Polygon]]:
+    """Outlines of objects 1, 2, … in a map of their numbers, (H, W), 0 for none; of each its parts, largest first.
 
-    Raises BadConfig where the maps hold no such class.
+    The probabilities, (H, W), say where between pixels an outline runs. Neighbours that touch share their border
+    before simplification. An object with nothing to draw has no part.
     """
-    from scipy import ndimage
-
-    if label not in dense.labels:
-        raise BadConfig(f"the model has no class {label!r}; it has {', '.join(dense.labels) or 'none'}")
-    index = dense.labels.index(label)
-    probabilities = _clean(dense.probabilities[index])
     level = _level(probabilities, _checked_threshold(threshold))
-    objects = _separated(level > 0, probabilities, _clean(dense.boundary[index]), options.min_area_px)
-    sizes = np.bincount(objects.ravel())
-    sums = np.bincount(objects.ravel(), weights=probabilities.ravel())
-    found = []
-    for number, window in enumerate(ndimage.find_objects(objects), start=1):
-        if window is None:
-            continue
-        owner = _framed(objects, window)
-        seen = _framed(level, window)
-        # A neighbour's pixels count as far below the level as they lie above it: seen from both sides the crossing is
-        # then the same point, so that neighbours neither overlap nor leave a gap.
-        seen = np.where((owner == number) | (seen < 0), seen, -seen)
-        parts = _drawn(_traced(seen, window, level.shape, options), level.shape, options)
-        if parts:
-            score = float(np.clip(sums[number] / sizes[number], 0, 1))
-            found.append(Instance(polygons=tuple(_largest_first(parts)), score=score))
-    return sorted(found, key=lambda instance: -sum(part.area for part in instance.polygons))
+    found: list[list[Polygon]] = [[] for _ in range(int(numbers.max(initial=0)))]
+    numbers = np.where(level > 0, numbers, 0)
+    window = _window_of(numbers > 0)
+    if window is not None:
+        parts, which = _outlined(_framed(numbers, window), _framed(level, window), window, level.shape, options)
+        for part, number in zip(parts, which.tolist(), strict=True):
+            found[number - 1].append(part)
+    return [_largest_first(parts) for parts in found]
 
 
 def _checked_threshold(threshold: float) -> float:
@@ -206,7 +163,7 @@ def _window_of(mask: BoolArray) -> tuple[slice, slice] | None:
 
 
 def _clean(values: NDArray[np.floating[Any]]) -> FloatArray:
-    return np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0)
+    return np.where(np.isfinite(values), np.clip(values, 0.0, 1.0), 0.0).astype(np.float64, copy=False)
 
 
 def _level(probabilities: FloatArray, threshold: float) -> FloatArray:
@@ -217,149 +174,160 @@ def _level(probabilities: FloatArray, threshold: float) -> FloatArray:
 
 def _framed(values: NDArray[Any], window: tuple[slice, slice]) -> NDArray[Any]:
     """A window and two more pixels all round; beyond the image, the edge's values."""
-    index = [
-        np.clip(np.arange(part.start - 2, part.stop + 2), 0, length - 1)
-        for part, length in zip(window, values.shape, strict=True)
-    ]
-    framed: NDArray[Any] = values[np.ix_(*index)]
-    return framed
+    reach = [(part.start - 2, part.stop + 2, length) for part, length in zip(window, values.shape, strict=True)]
+    inside = values[tuple(slice(max(start, 0), min(stop, length)) for start, stop, length in reach)]
+    return np.pad(inside, [(max(-start, 0), max(stop - length, 0)) for start, stop, length in reach], mode="edge")
 
 
-def _separated(
-    inside: BoolArray, probabilities: FloatArray, boundary: FloatArray, min_area_px: float
-) -> NDArray[np.int32]:
-    """Number of the object at each pixel, 0 outside. Every pixel of ``inside`` is of one object.
+def _outlined(
+    owner: NDArray[Any],
+    level: FloatArray | None,
+    window: tuple[slice, slice],
+    image_hw: Sequence[int],
+    options: VectorizeOptions,
+) -> tuple[list[Polygon], NDArray[np.int64]]:
+    """Simplified outlines of the objects of a framed window, and the number of each outline's object.
 
-    A watershed on how strongly a border runs through each pixel cuts too finely; neighbours are then joined, the
-    weakest border first, until those that remain are strong along their whole length (Arbeláez et al., "Contour
-    detection and hierarchical image segmentation", 2011). Pieces below ``min_area_px`` go to the neighbour behind the
-    weakest border.
+    Without a level the outlines follow the pixels' edges.
     """
-    from scipy import ndimage
-    from skimage.morphology import h_minima
-    from skimage.segmentation import watershed
-
-    # Where the class itself is in doubt, there is a gap between objects more often than the border alone shows.
-    barrier = np.clip(boundary + DOUBT_AS_BORDER * (1 - probabilities), 0, 1)
-    smooth = np.round(ndimage.gaussian_filter(barrier, SMOOTHING_PX) * 255).astype(np.int32)
-    # Beyond the class there are no basins, so that none is split off at the rim.
-    basins: BoolArray = h_minima(np.where(inside, smooth, 256), round(BASIN_DEPTH * 255)) > 0  # type: ignore[no-untyped-call]
-    cores, count = _labelled(inside & basins)
-    pieces: NDArray[np.int32] = watershed(smooth, cores, mask=inside)  # type: ignore[no-untyped-call]
-    stray, _ = _labelled(inside & (pieces == 0))
-    pieces = np.where(stray > 0, stray + count, pieces).astype(np.int32)
-    return _joined(pieces, barrier, min_area_px)
-
-
-def _joined(pieces: NDArray[np.int32], barrier: FloatArray, min_area_px: float) -> NDArray[np.int32]:
-    """Neighbouring pieces joined where the border between them is weak or one of them is too small."""
-    sides = [
-        (pieces[:, :-1], pieces[:, 1:], np.maximum(barrier[:, :-1], barrier[:, 1:])),
-        (pieces[:-1], pieces[1:], np.maximum(barrier[:-1], barrier[1:])),
-    ]
-    ones, others, strengths = (np.concatenate([side[i].ravel() for side in sides]) for i in range(3))
-    is_border = (ones != others) & (ones > 0) & (others > 0)
-    edges, which = np.unique(np.sort(np.stack((ones, others), axis=1)[is_border], axis=1), axis=0, return_inverse=True)
-    lengths = np.bincount(which.ravel(), minlength=len(edges)).astype(float)
-    sums = np.bincount(which.ravel(), weights=strengths[is_border], minlength=len(edges))
-    sizes = np.bincount(pieces.ravel()).tolist()
-    borders: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
-    for (one, other), length, total in zip(edges.tolist(), lengths.tolist(), sums.tolist(), strict=True):
-        borders[one][other] = borders[other][one] = (length, total)
-
-    def cost(one: int, other: int) -> float:
-        length, total = borders[one][other]
-        return total / length - (1 if min(sizes[one], sizes[other]) < min_area_px else 0)
-
-    queue = [(cost(one, other), one, other) for one, other in edges.tolist()]
-    heapq.heapify(queue)
-    owner = np.arange(len(sizes), dtype=np.int32)
-    while queue and queue[0][0] < WEAK_BORDER:
-        expected, one, other = heapq.heappop(queue)
-        if other not in borders.get(one, ()) or cost(one, other) != expected:
-            continue  # one of the two was joined meanwhile; the queue holds what became of it
-        owner[owner == other] = one
-        sizes[one] += sizes[other]
-        for third, (length, total) in borders.pop(other).items():
-            del borders[third][other]
-            if third != one:
-                old_length, old_total = borders[one].get(third, (0.0, 0.0))
-                borders[one][third] = borders[third][one] = (old_length + length, old_total + total)
-        for third in borders[one]:
-            heapq.heappush(queue, (cost(one, third), one, third))
-    return owner[pieces]
+    size = (int(image_hw[1]), int(image_hw[0]))
+    # The image's edge values run on, so that an object at the border is cut there and not drawn back.
+    corner_xy = (window[1].start - 2, window[0].start - 2)
+    traced = contours(owner, level, corner_xy=corner_xy, size=size, is_exact=level is None)
+    points = np.round(traced.crossings.points_xy / GRID_PX) * GRID_PX
+    outline = _tidied(Rings(points, traced.crossings.starts))
+    if level is None:
+        outline = _without_straights(outline)
+    areas_px = (traced.corners if level is None else outline).areas()
+    faces = _faces(traced.owners, outline, areas_px, options)
+    if not len(faces.rings):
+        return [], np.zeros(0, np.int64)
+    outline = outline.chosen(faces.rings)
+    exact = traced.corners.chosen(faces.rings) if level is None else outline
+    found, which = _simplified_faces(exact, outline, faces.starts, size, options)
+    return found, traced.owners[faces.rings[faces.starts]][which]
 
 
-def _labelled(mask: BoolArray) -> tuple[NDArray[np.int32], int]:
-    from scipy import ndimage
+@dataclass(frozen=True, slots=True)
+class _Faces:
+    """Which rings are polygons together."""
 
-    numbers = np.empty(mask.shape, np.int32)
-    return numbers, int(ndimage.label(mask, output=numbers))
+    rings: NDArray[np.int64]
+    """Numbers of rings: each polygon's shell, then its holes."""
 
-
-def _traced(
-    framed: FloatArray, window: tuple[slice, slice], image_hw: Sequence[int], options: VectorizeOptions
-) -> list[Polygon]:
-    """Exact outlines of where a framed level is positive, cut at the image's border, without what is too small."""
-    from skimage.measure import find_contours
-
-    # The image's edge values run on for two pixels, so that an object at the border is cut there and not drawn back.
-    padded = np.pad(framed, 1, constant_values=-1.0)
-    contours: list[FloatArray] = find_contours(padded, 0.0, fully_connected="low")  # type: ignore[no-untyped-call]
-    if not contours:
-        return []
-    counts = np.array([len(contour) for contour in contours])
-    offset = (window[1].start - 2.5, window[0].start - 2.5)
-    coords = np.round((np.concatenate(contours)[:, ::-1] + offset) / GRID_PX) * GRID_PX
-    x, y = (coords - coords[0]).T
-    crossed = x[:-1] * y[1:] - x[1:] * y[:-1]
-    ends = np.cumsum(counts)
-    crossed = np.append(crossed, 0.0)
-    crossed[ends - 1] = 0.0
-    areas = np.add.reduceat(crossed, ends - counts) / 2
-    rings = shapely.linearrings(coords, indices=np.repeat(np.arange(len(counts)), counts))
-    is_shell = areas > 0
-    shells = rings[is_shell & (areas >= options.min_area_px)]
-    holes = rings[~is_shell & (-areas >= options.min_hole_px)]
-    if not len(shells):
-        return []
-    faces = shapely.polygons(shells)
-    of_shell: dict[int, list[Any]] = defaultdict(list)
-    if len(holes):
-        face_areas = shapely.area(faces)
-        hole_index, face_index = shapely.STRtree(faces).query(shapely.get_point(holes, 0), predicate="within")
-        for hole in np.unique(hole_index):
-            around = face_index[hole_index == hole]
-            of_shell[int(around[np.argmin(face_areas[around])])].append(holes[hole])
-    found = [shapely.polygons(shells[i], of_shell[i]) if i in of_shell else faces[i] for i in range(len(shells))]
-    height, width = image_hw
-    image = shapely.box(0, 0, width, height)
-    inside: list[Polygon] = []
-    for polygon in found:
-        parts = [polygon] if image.covers(polygon) else _polygonal(polygon.intersection(image))
-        inside += [part for part in parts if part.area >= options.min_area_px and not part.is_empty]
-    return _without_buried(inside) if options.min_hole_px > options.min_area_px else inside
+    starts: NDArray[np.int64]
+    """Where each polygon begins."""
 
 
-def _without_buried(found: list[Polygon]) -> list[Polygon]:
-    """Without islands whose surrounding hole was filled."""
-    if len(found) < 2:
-        return found
-    inner, outer = shapely.STRtree(found).query(found, predicate="covered_by")
-    buried = set(inner[inner != outer].tolist())
-    return [polygon for index, polygon in enumerate(found) if index not in buried]
+def _faces(owners: NDArray[np.int64], outline: Rings, areas_px: FloatArray, options: VectorizeOptions) -> _Faces:
+    """The shells that are big enough with the holes that are; what lies in a hole that is filled is left out.
+
+    A hole in which another object is drawn is never filled.
+    """
+    # Fewer than three points are a ring that clipping at the image's border has left nothing of.
+    is_ring = outline.counts >= 3
+    shells = np.flatnonzero(is_ring & (areas_px > 0) & (areas_px >= options.min_area_px))
+    holes = np.flatnonzero(is_ring & (areas_px < 0))
+    if not len(holes) or not len(shells):
+        return _Faces(shells, np.arange(len(shells)))
+    faces = np.asarray(shapely.polygons(_linear_rings(outline.chosen(shells))))
+    points = shapely.points(outline.points_xy[outline.starts[holes]])
+    hole, shell = shapely.STRtree(faces).query(points, predicate="within")
+    hole, shell = holes[hole], shells[shell]
+    # Of the shells of its object, the smallest around a hole is its own.
+    own = np.flatnonzero(owners[hole] == owners[shell])
+    own = own[np.lexsort((areas_px[shell[own]], hole[own]))]
+    own = own[np.unique(hole[own], return_index=True)[1]]
+    hole, shell = hole[own], shell[own]
+
+    is_small = -areas_px[hole] < options.min_hole_px
+    if is_small.any() and len(shells) > 1:
+        small = hole[is_small]
+        gaps = np.asarray(shapely.polygons(_linear_rings(outline.chosen(small))))
+        inner, around = shapely.STRtree(gaps).query(faces, predicate="covered_by")
+        inner, around = shells[inner], small[around]
+        is_own = owners[inner] == owners[around]
+        is_small &= ~np.isin(hole, around[~is_own])
+        shells = shells[~np.isin(shells, inner[is_own])]
+    is_drawn = ~is_small & np.isin(shell, shells)
+    hole, shell = hole[is_drawn], shell[is_drawn]
+    whole_px = areas_px + np.bincount(shell, weights=areas_px[hole], minlength=len(areas_px))
+    shells = shells[whole_px[shells] >= options.min_area_px]
+    is_drawn = np.isin(shell, shells)
+    of_shell = np.concatenate((shells, shell[is_drawn]))
+    rings = np.concatenate((shells, hole[is_drawn]))[np.argsort(of_shell, kind="stable")]
+    return _Faces(rings, np.flatnonzero(areas_px[rings] > 0))
+
+
+def _tidied(rings: Rings) -> Rings:
+    """The rings without points that equal the one before; of a ring that is one point, that point."""
+    x, y = rings.points_xy.T
+    is_new = (x != rings.before(x)) | (y != rings.before(y))
+    is_new[rings.starts] |= rings.sums(is_new) == 0
+    return rings.where(is_new)
+
+
+def _without_straights(rings: Rings) -> Rings:
+    """The rings without points at which they go straight on; of a ring that encloses nothing, its first."""
+    points = rings.points_xy
+    turns = _cross(points - rings.before(points), rings.after(points) - points) != 0
+    turns[rings.starts] |= rings.sums(turns) == 0
+    return rings.where(turns)
+
+
+def _linear_rings(rings: Rings, *, is_numbered: bool = False) -> NDArray[np.object_]:
+    """Shapely's rings; where numbered, each point's z is its index."""
+    points = rings.points_xy
+    if is_numbered:
+        points = np.column_stack((points, np.arange(len(points))))
+    return np.asarray(shapely.linearrings(points, indices=rings.ring_of))
+
+
+def _polygon(rings: Rings, *, is_numbered: bool = False) -> Polygon:
+    """The polygon of a shell and its holes, (N, 2) each; where numbered, each point's z is its index."""
+    shell, *holes = _linear_rings(rings, is_numbered=is_numbered)
+    return Polygon(shell, holes)
+
+
+def _rings(polygon: Polygon) -> Rings:
+    """Shell and holes, as they run."""
+    rings = _open_rings(polygon)
+    return Rings(np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])]))
 
 
 def _largest_first(found: Iterable[Polygon]) -> list[Polygon]:
-    return sorted(found, key=lambda polygon: -polygon.area)
+    polygons = list(found)
+    return [polygons[index] for index in np.argsort(-shapely.area(polygons), kind="stable")] if polygons else []
 
 
 # --- simplification ---------------------------------------------------------------------------------------------------
 
 
-def _drawn(exact: Iterable[Polygon], image_hw: Sequence[int], options: VectorizeOptions) -> list[Polygon]:
-    size = (int(image_hw[1]), int(image_hw[0]))
-    return [part for polygon in exact for part in _simplified(polygon, size, options)]
+def _simplified_faces(
+    exact: Rings, outline: Rings, first: NDArray[np.int64], size: Size, options: VectorizeOptions
+) -> tuple[list[Polygon], NDArray[np.int64]]:
+    """Polygons within tolerance and vertex budget, the area of each ring kept, and which polygon each is of.
+
+    ``first`` is where each polygon's rings begin. One that cannot be drawn whole within the budget comes in parts.
+    """
+    areas_px = exact.areas()
+    drawn = np.full(len(first), None, object)
+    if options.tolerance_px > 0:
+        begun = _begun_far_out(outline)
+        picks = _thinned(begun, options.tolerance_px)
+        drawn = _area_kept(areas_px, begun, picks, first, options.tolerance_px, size, options.max_vertices)
+    found: list[Polygon] = []
+    which: list[int] = []
+    for number, (begin, end) in enumerate(itertools.pairwise([*first.tolist(), len(exact.starts)])):
+        parts = [drawn[number]]
+        if drawn[number] is None:
+            own = np.arange(begin, end)
+            around = _polygon(outline.chosen(own))
+            whole = around if exact is outline else _polygon(_without_straights(_tidied(exact.chosen(own))))
+            parts = _simplified(whole, size, options, outline=around)
+        found += parts
+        which += [number] * len(parts)
+    return found, np.array(which, np.int64)
 
 
 def _simplified(
@@ -371,10 +339,12 @@ def _simplified(
     """
     if options.tolerance_px == 0 and ring_points(exact) <= options.max_vertices:
         return [exact]
-    outline = outline or exact
+    full = _rings(exact if outline is None else outline)
+    areas_px = _rings(exact).areas()
+    numbered = _polygon(full, is_numbered=True)
     tolerance_px = options.tolerance_px or 0.25
     coarsest_px = _COARSEST * max(tolerance_px, 0.75)
-    simple = _coarser(outline, tolerance_px)
+    simple = _coarser(numbered, tolerance_px)
     while ring_points(simple) > options.max_vertices and tolerance_px < coarsest_px:
         tolerance_px *= 1.5
         # From the last one, not from the outline: a forest of 10,000 points takes seconds otherwise.
@@ -384,12 +354,13 @@ def _simplified(
     for _ in range(3):
         if ring_points(simple) > options.max_vertices:
             break
-        for is_fitted in (True, False):
-            drawn = _area_kept(exact, outline, simple, tolerance_px, size, is_fitted=is_fitted)
-            if drawn is not None and (not is_raised or _iou(drawn, exact) >= _LEAST_IOU):
-                return [drawn]
+        picks = np.unique(shapely.get_coordinates(simple, include_z=True)[:, 2].astype(np.int64))
+        rings, picks = _begun_at_picks(full, picks)
+        (drawn,) = _area_kept(areas_px, rings, picks, np.zeros(1, np.int64), tolerance_px, size, options.max_vertices)
+        if drawn is not None and (not is_raised or _iou(drawn, exact) >= _LEAST_IOU):
+            return [drawn]
         tolerance_px /= 2
-        simple = _coarser(outline, tolerance_px)
+        simple = _coarser(numbered, tolerance_px)
     if ring_points(exact) <= options.max_vertices:
         return [exact]
     return [part for half in _halves(exact) for part in _simplified(half, size, options)]
@@ -404,55 +375,89 @@ def _coarser(polygon: Polygon, tolerance_px: float) -> Polygon:
 
 def ring_points(polygon: Polygon) -> int:
     """Points of the polygon's bridged ring."""
-    holes = shapely.get_num_interior_rings(polygon)
+    return int(_ring_points(polygon))
+
+
+def _ring_points(polygons: Any) -> Any:
     # Every ring repeats its first point at its end; a bridge takes two more points than the hole's open ring.
-    return int(shapely.get_num_coordinates(polygon)) - 1 - int(holes) + 2 * int(holes)
+    return shapely.get_num_coordinates(polygons) - 1 + shapely.get_num_interior_rings(polygons)
+
+
+def _thinned(rings: Rings, tolerance_px: float) -> NDArray[np.int64]:
+    """Indices of the points that are left by Douglas and Peucker's way, in order, each ring's first among them."""
+    # Not of polygons and their topology, which takes ten times as long; what is wrong then is seen in the end.
+    lines = shapely.simplify(_linear_rings(rings, is_numbered=True), tolerance_px, preserve_topology=False)
+    numbers = shapely.get_coordinates(lines, include_z=True)[:, 2].astype(np.int64)
+    return np.unique(np.concatenate((numbers, rings.starts)))
+
+
+def _begun_far_out(rings: Rings) -> Rings:
+    """The rings, each begun at the point farthest from its middle: a corner, whatever the tolerance."""
+    ring_of = rings.ring_of
+    middles = np.column_stack([rings.sums(values) for values in rings.points_xy.T]) / rings.counts[:, None]
+    away = ((rings.points_xy - middles[ring_of]) ** 2).sum(axis=1)
+    farthest = np.flatnonzero(away == np.maximum.reduceat(away, rings.starts)[ring_of])
+    return _begun_at(rings, farthest[np.unique(ring_of[farthest], return_index=True)[1]])
+
+
+def _begun_at(rings: Rings, begins: NDArray[np.int64]) -> Rings:
+    ring_of = rings.ring_of
+    starts, counts = rings.starts[ring_of], rings.counts[ring_of]
+    along = np.arange(len(ring_of)) - starts
+    return Rings(rings.points_xy[starts + (along + begins[ring_of] - starts) % counts], rings.starts)
+
+
+def _begun_at_picks(rings: Rings, picks: NDArray[np.int64]) -> tuple[Rings, NDArray[np.int64]]:
+    """The rings, each begun at its first pick, and the picks there."""
+    begins = picks[np.searchsorted(picks, rings.starts)]
+    return _begun_at(rings, begins), picks - (begins - rings.starts)[rings.ring_of[picks]]
 
 
 def _area_kept(
-    exact: Polygon, outline: Polygon, simple: Polygon, tolerance_px: float, size: Size, *, is_fitted: bool
-) -> Polygon | None:
-    """The simplified outline with the area of each of the exact rings; None where rings would cross or touch.
+    areas_px: FloatArray,
+    outline: Rings,
+    picks: NDArray[np.int64],
+    first: NDArray[np.int64],
+    tolerance_px: float,
+    size: Size,
+    max_vertices: int,
+) -> NDArray[np.object_]:
+    """The polygons of the picked points, each ring with the area given; None for those whose rings cross or touch.
 
-    With ``is_fitted``, edges lie along the points that they replace rather than between two of them.
+    Edges lie along the points that they replace where that works, else between two of them. Each ring of the outline
+    begins with a pick.
     """
-    if len(outline.interiors) != len(simple.interiors):
-        return None
-    rings = []
-    for ring_before, full, kept in zip(*map(_open_rings, (exact, outline, simple)), strict=True):
-        ring = kept
-        if is_fitted:
-            fitted = _edges_fitted(full, kept, tolerance_px)
-            if fitted is None:
-                return None
-            ring = fitted
-        free = (kept != 0) & (kept != size)
-        ring = np.where(free, np.clip(ring, 0, size), kept)
-        ring = _swollen(ring, free, _signed_area(ring_before), limit_px=tolerance_px + 1)
-        ring = _without_repeats(np.round(np.clip(ring, 0, size) / GRID_PX) * GRID_PX)
-        if len(ring) < 3:
-            return None
-        rings.append(ring)
-    drawn = Polygon(rings[0], rings[1:])
-    if not drawn.is_valid or abs(drawn.area - exact.area) > _AREA_SLACK * exact.area:
-        return None
-    return drawn if _are_rings_apart(drawn) else None
+    drawn = np.full(len(first), None, object)
+    kept = Rings(outline.points_xy[picks], np.searchsorted(picks, outline.starts))
+    polygon_of = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(kept.starts))))
+    wanted_px = np.add.reduceat(areas_px, first)
+    free = (kept.points_xy != 0) & (kept.points_xy != size)
+    is_open = np.ones(len(first), bool)
+    for corners in (_edges_fitted(outline, kept, picks, tolerance_px), kept.points_xy):
+        moved = Rings(np.where(free, np.clip(corners, 0, size), kept.points_xy), kept.starts)
+        swollen = np.clip(_swollen(moved, free, areas_px, limit_px=tolerance_px + 1), 0, size)
+        ringed = _tidied(Rings(np.round(swollen / GRID_PX) * GRID_PX, kept.starts))
+        waiting = is_open & (np.minimum.reduceat(ringed.counts, first) >= 3)
+        if waiting.any():
+            rings = np.flatnonzero(waiting[polygon_of])
+            found = np.full(len(first), None, object)
+            shapely.polygons(_linear_rings(ringed.chosen(rings)), indices=polygon_of[rings], out=found)
+            is_good = waiting & shapely.is_valid(found) & _are_rings_apart(found)
+            is_good &= np.abs(shapely.area(found) - wanted_px) <= _AREA_SLACK * wanted_px
+            is_good &= _ring_points(found) <= max_vertices
+            drawn[is_good] = found[is_good]
+            is_open &= ~is_good
+            if not is_open.any():
+                break
+    return drawn
 
 
-def _edges_fitted(full: FloatArray, kept: FloatArray, tolerance_px: float) -> FloatArray | None:
-    """Corners (M, 2) where lines meet that were fitted to the points of ``full`` (N, 2) between the ``kept`` ones."""
-    index = {point: number for number, point in enumerate(map(tuple, full.tolist()))}
-    picks = np.array([index.get(point, -1) for point in map(tuple, kept.tolist())])
-    if (picks < 0).any():
-        return None
-    full = np.concatenate((full[picks[0] :], full[: picks[0]]))
-    picks = (picks - picks[0]) % len(full)
-    counts = np.diff(picks, append=len(full))
-    if (counts <= 0).any():
-        return None
-    origin = full[0]
-    start = full - origin
-    stop = _after(start)
+def _edges_fitted(outline: Rings, kept: Rings, picks: NDArray[np.int64], tolerance_px: float) -> FloatArray:
+    """Corners (M, 2) where lines meet that were fitted to the points of the outline between the picked ones."""
+    counts = np.diff(np.append(picks, len(outline.points_xy)))
+    origins = outline.points_xy[outline.starts]
+    start = outline.points_xy - origins[outline.ring_of]
+    stop = outline.after(start)
     lengths = np.hypot(*(stop - start).T)
     totals = np.add.reduceat(lengths, picks)
     # Marching squares rounds corners: a pixel next to each corner says little of the edge.
@@ -474,64 +479,56 @@ def _edges_fitted(full: FloatArray, kept: FloatArray, tolerance_px: float) -> Fl
     cov_yy = mean((py * py + py * qy + qy * qy) / 3) - cy * cy
     cov_xy = mean((2 * px * py + px * qy + qx * py + 2 * qx * qy) / 6) - cx * cy
     angle = np.arctan2(2 * cov_xy, cov_xx - cov_yy) / 2
-    chord = _after(kept) - kept
+    corners = kept.points_xy
+    chord = kept.after(corners) - corners
     is_short = totals < 2
     direction = np.where(is_short[:, None], chord, np.column_stack((np.cos(angle), np.sin(angle))))
-    direction /= np.hypot(*direction.T)[:, None]
-    centre = np.column_stack((cx, cy)) + origin
+    direction /= np.maximum(np.hypot(*direction.T), GRID_PX)[:, None]
+    centre = np.column_stack((cx, cy)) + origins[kept.ring_of]
 
-    centre_before, direction_before = _before(centre), _before(direction)
+    centre_before, direction_before = kept.before(centre), kept.before(direction)
     turn = _cross(direction_before, direction)
     is_corner = np.abs(turn) > 0.26
     reach = _cross(centre - centre_before, direction) / np.where(is_corner, turn, 1.0)
     meeting = centre_before + reach[:, None] * direction_before
-    beside = (_projected(kept, centre_before, direction_before) + _projected(kept, centre, direction)) / 2
+    beside = (_projected(corners, centre_before, direction_before) + _projected(corners, centre, direction)) / 2
     limit = max(1.0, 1.5 * tolerance_px)
-    is_near = np.hypot(*(beside - kept).T) <= limit
-    corners = np.where(is_near[:, None], beside, kept)
-    is_near = is_corner & (np.hypot(*(meeting - kept).T) <= limit)
-    return np.where(is_near[:, None], meeting, corners)
+    fitted = np.where((np.hypot(*(beside - corners).T) <= limit)[:, None], beside, corners)
+    is_near = is_corner & (np.hypot(*(meeting - corners).T) <= limit)
+    return np.where(is_near[:, None], meeting, fitted)
 
 
-def _swollen(ring: FloatArray, free: BoolArray, area: float, *, limit_px: float) -> FloatArray:
-    """The ring, (N, 2), with its corners moved out or in alike until it has that signed area. Only free ones move."""
-    across = _after(ring) - _before(ring)
+def _swollen(rings: Rings, free: BoolArray, areas_px: FloatArray, *, limit_px: float) -> FloatArray:
+    """The points with each ring's moved out or in alike until it has its signed area. Only free ones move."""
+    points = rings.points_xy
+    across = rings.after(points) - rings.before(points)
     lengths = np.hypot(*across.T)
     normal = np.column_stack((across[:, 1], -across[:, 0])) / np.where(lengths > 0, lengths, 1.0)[:, None]
     normal = np.where(free, normal, 0.0)
     # The area is a quadratic function of the distance moved.
-    constant, square = _signed_area(ring) - area, _signed_area(normal)
-    ring_ahead, normal_ahead = _after(ring), _after(normal)
-    linear = float((_cross(ring, normal_ahead) + _cross(normal, ring_ahead)).sum()) / 2
-    moved = 0.0
+    constant, square = rings.areas() - areas_px, Rings(normal, rings.starts).areas()
+    linear = rings.sums(_cross(points, rings.after(normal)) + _cross(normal, rings.after(points))) / 2
+    moved = np.zeros(len(rings.starts))
     for _ in range(4):
         slope = linear + 2 * square * moved
-        if abs(slope) < 1e-6:
-            return ring
-        moved -= (constant + linear * moved + square * moved * moved) / slope
-    return ring + moved * normal if abs(moved) <= limit_px else ring
+        is_steep = np.abs(slope) >= 1e-6
+        moved = np.where(
+            is_steep, moved - (constant + linear * moved + square * moved * moved) / np.where(is_steep, slope, 1.0), 0.0
+        )
+    moved = np.where(np.abs(moved) <= limit_px, moved, 0.0)
+    swollen: FloatArray = points + moved[rings.ring_of][:, None] * normal
+    return swollen
 
 
-def _are_rings_apart(polygon: Polygon) -> bool:
-    """Whether no two rings touch. Rings on the grid that do not touch survive rounding to percent."""
-    if not polygon.interiors:
-        return True
-    rings = [polygon.exterior, *polygon.interiors]
-    first, second = shapely.STRtree(rings).query(rings, predicate="intersects")
-    return bool((first == second).all())
-
-
-def _midpoints(polygon: Polygon, size: Size) -> Polygon:
-    """The polygon through the middles of its pixels' edges: half as far from a slanting line, and no rings touch.
-
-    Corners on the image's border stay.
-    """
-    rings = []
-    for points in _open_rings(shapely.segmentize(polygon, 1.0)):
-        both = np.stack((points, (points + _after(points)) / 2), axis=1).reshape(-1, 2)
-        on_border = ((both == 0) | (both == size)).any(axis=1)
-        rings.append(both[on_border | (np.arange(len(both)) % 2 == 1)])
-    return Polygon(rings[0], rings[1:])
+def _are_rings_apart(polygons: NDArray[np.object_]) -> BoolArray:
+    """Whether no two rings of a polygon touch. Rings on the grid that do not touch survive rounding to percent."""
+    apart = np.ones(len(polygons), bool)
+    holed = np.flatnonzero(shapely.get_num_interior_rings(polygons) > 0)
+    if len(holed):
+        rings, which = shapely.get_rings(polygons[holed], return_index=True)
+        first, second = shapely.STRtree(rings).query(rings, predicate="intersects")
+        apart[holed[which[first[(which[first] == which[second]) & (first != second)]]]] = False
+    return apart
 
 
 def _halves(polygon: Polygon) -> list[Polygon]:
@@ -545,6 +542,13 @@ def _halves(polygon: Polygon) -> list[Polygon]:
         boxes = (left, top, right, middle), (left, middle, right, bottom)
     parts = (shapely.set_precision(polygon.intersection(shapely.box(*box)), GRID_PX) for box in boxes)
     return [part for piece in parts for part in _polygonal(piece)]
+
+
+def cut_up(polygon: Polygon, max_vertices: int) -> list[Polygon]:
+    """The polygon in as many parts as it takes for each to fit the vertex budget."""
+    if ring_points(polygon) <= max_vertices:
+        return [polygon]
+    return [part for half in _halves(polygon) for part in cut_up(half, max_vertices)]
 
 
 def _iou(a: BaseGeometry, b: BaseGeometry) -> float:
