@@ -109,6 +109,7 @@ bench: $(DEV)
 .PHONY: weights data-is-given
 weights: data-is-given $(DEV)
 	@$(PY) model_weights/train.py --data "$(DATA)" $(WEIGHTS_ARGS)
+	@$(PY) model_weights/calibrate.py --data "$(DATA)"
 
 data-is-given:
 	@if [ -z "$(DATA)" ]; then \

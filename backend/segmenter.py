@@ -107,6 +107,9 @@ class DenseMaps:
     boundary: NDArray[np.float32]
     """Probability that a pixel lies on the border between an object of the class and anything else, (C, H, W), 0…1."""
 
+    scoring: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By class, what makes a candidate likely an object: factors of `backend.instances`, if the weights bring some."""
+
     def __post_init__(self) -> None:
         expected = (len(self.labels), *self.probabilities.shape[1:])
         if self.probabilities.shape != expected or self.boundary.shape != expected:
@@ -136,6 +139,6 @@ class Segmenter(Protocol):
         """The object that the prompts mean. Raises BadPrompt where they mean none."""
         ...
 
-    def dense(self, embedding: Embedding) -> DenseMaps:
-        """Class and border probabilities of the whole tile."""
+    def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
+        """Class and border probabilities of the whole tile, or of its columns and rows from … to."""
         ...

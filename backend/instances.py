@@ -1,0 +1,314 @@
+"""Class and border probabilities to single objects, each with the chance that it is right.
+
+A watershed on the borders cuts a class into pieces, more than there are objects. Neighbours are joined again, those
+behind the weakest border first, until all are one: a tree, in which each node is a candidate (Arbeláez et al., "Contour
+detection and hierarchical image segmentation", 2011). A logistic model tells from a node's probabilities, borders and
+shape how likely it is an object, and the nodes are taken that are together worth most and do not overlap. The
+model's factors are fitted on places that the network was not trained on, and come with its weights.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from shapely import Polygon
+
+from . import vectorize
+from .errors import BadConfig
+from .segmenter import DenseMaps
+from .vectorize import VectorizeOptions
+
+# scipy and scikit-image take most of a second to import: where they are used.
+
+FloatArray = NDArray[np.float64]
+
+DOUBT_AS_BORDER = 0.5
+"""How much of a border a pixel counts as where the class is surely absent."""
+
+SMOOTHING_PX = 1.5
+BASIN_DEPTH = 0.04
+"""Steps in which borders are told apart: a piece of its own is what lies a step below the border around it."""
+
+FEATURES = (
+    "mean probability", "its spread", "log area in px", "log elongation", "rectangularity", "roughness",
+    "border inside", "border round it", "border to neighbours", "share of neighbours", "border to the ground",
+    "share of the image's edge", "strongest border joined", "border to what it would join next",
+)  # fmt: skip
+"""What a candidate is judged by, in the order of a scoring's factors; the last factor is the constant."""
+
+DEFAULT_SCORING = (3.0, -1.0, 0.0, 0.0, 0.0, -0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 8.0, -6.5)
+"""For maps that come without a scoring: an object is sure, and parted from its neighbours but not within itself."""
+
+ANY_LABEL = "*"
+"""Key of the scoring for classes that have none of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One object that a model found."""
+
+    polygons: tuple[Polygon, ...]
+    """Its parts, largest first; nearly always one."""
+
+    score: float
+    """Chance that it is one object of the class, 0…1."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """Pieces of a class and all that they may be joined to. Nodes are numbered from 1, the pieces first."""
+
+    pieces: NDArray[np.int32]
+    """Number of the piece at each pixel, (H, W), 0 for none."""
+
+    children: NDArray[np.int64]
+    """The two nodes that a node joins, (N + 1, 2), 0 for pieces; a node comes after its children."""
+
+    areas_px: FloatArray
+    """(N + 1,)."""
+
+    features: FloatArray
+    """(N + 1, 14), see FEATURES."""
+
+    def chosen(self, scores: FloatArray, *, least_score: float, min_area_px: float) -> list[int]:
+        """The nodes that are together worth most, each its score less ``least_score``, and that do not overlap."""
+        worth = np.where(self.areas_px >= min_area_px, scores - least_score, -1.0)
+        best = np.maximum(worth, 0.0)
+        best[0] = 0.0
+        for node, (one, other) in enumerate(self.children.tolist()):
+            if one:
+                best[node] = max(worth[node], best[one] + best[other], 0.0)
+        found = []
+        is_child = np.zeros(len(worth), bool)
+        is_child[self.children.ravel()] = True
+        waiting = np.flatnonzero(~is_child)[::-1].tolist()
+        while waiting:
+            node = waiting.pop()
+            one, other = self.children[node].tolist()
+            if worth[node] >= 0 and worth[node] >= best[one] + best[other]:
+                found.append(node)
+            elif one:
+                waiting += [one, other]
+        return found
+
+    def numbers(self, nodes: list[int]) -> NDArray[np.int32]:
+        """Number of the node, counted from 1 in the order given, at each pixel, (H, W), 0 for none of them."""
+        number_of = np.zeros(len(self.children), np.int32)
+        for number, node in enumerate(nodes, start=1):
+            number_of[node] = number
+        for node in range(len(self.children) - 1, 0, -1):
+            if number_of[node]:
+                number_of[self.children[node][self.children[node] > 0]] = number_of[node]
+        taken: NDArray[np.int32] = number_of[self.pieces]
+        return taken
+
+
+def instances(
+    dense: DenseMaps,
+    label: str,
+    *,
+    threshold: float = 0.5,
+    least_score: float = 0.3,
+    options: VectorizeOptions | None = None,
+) -> list[Instance]:
+    """Single objects of a class, largest first. Neighbours that touch share their border before simplification.
+
+    ``threshold`` is the probability at which outlines run. Objects that are less likely right than ``least_score`` are
+    left out; where candidates exclude one another, it decides how many are taken. Raises BadConfig where the maps
+    hold no such class.
+    """
+    if label not in dense.labels:
+        raise BadConfig(f"the model has no class {label!r}; it has {', '.join(dense.labels) or 'none'}")
+    options = options or VectorizeOptions()
+    index = dense.labels.index(label)
+    probabilities = _clean(dense.probabilities[index])
+    found = candidates(
+        probabilities, _clean(dense.boundary[index]), threshold=threshold, min_area_px=options.min_area_px
+    )
+    scores = scored(found.features, _scoring(dense, label))
+    nodes = found.chosen(scores, least_score=least_score, min_area_px=options.min_area_px)
+    outlines = vectorize.numbered_polygons(found.numbers(nodes), probabilities, threshold=threshold, options=options)
+    listed = [Instance(tuple(parts), float(scores[node])) for node, parts in zip(nodes, outlines, strict=True) if parts]
+    return sorted(listed, key=lambda instance: -sum(part.area for part in instance.polygons))
+
+
+def _scoring(dense: DenseMaps, label: str) -> tuple[float, ...]:
+    by_name = {name.casefold(): factors for name, factors in dense.scoring.items()}
+    return by_name.get(label.casefold()) or by_name.get(ANY_LABEL) or DEFAULT_SCORING
+
+
+def scored(features: FloatArray, scoring: tuple[float, ...]) -> FloatArray:
+    """The chance of each candidate, (N,), that it is one object, from its features, (N, 14)."""
+    factors = np.asarray(scoring, np.float64)
+    return np.asarray(1 / (1 + np.exp(-np.clip(features @ factors[:-1] + factors[-1], -30, 30))), np.float64)
+
+
+def candidates(
+    probabilities: FloatArray, boundary: FloatArray, *, threshold: float = 0.5, min_area_px: float = 16.0
+) -> Candidates:
+    """All that may be an object of a class, from its probability and border maps, (H, W)."""
+    # Where the class itself is in doubt, there is a gap between objects more often than the border alone shows.
+    barrier = np.clip(boundary + DOUBT_AS_BORDER * (1 - probabilities), 0, 1)
+    pieces = _pieces(probabilities >= threshold, barrier)
+    areas = np.bincount(pieces.ravel()).astype(np.float64)
+    borders = _borders(pieces, barrier)
+    joins = _joins(borders, areas.tolist(), min_area_px)
+    return _judged(pieces, probabilities, boundary, borders, joins)
+
+
+def _clean(values: NDArray[np.floating[Any]]) -> FloatArray:
+    return np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0)
+
+
+def _pieces(inside: NDArray[np.bool_], barrier: FloatArray) -> NDArray[np.int32]:
+    """Number of the piece at each pixel, 0 outside. Every pixel of ``inside`` is of one piece."""
+    from scipy import ndimage
+    from skimage.morphology import local_minima
+    from skimage.segmentation import watershed
+
+    smooth = np.round(ndimage.gaussian_filter(barrier, SMOOTHING_PX) * 255).astype(np.int32)
+    # In steps, so that ripples make no basins. Beyond the class there are none, so that none is split off at the rim.
+    steps = np.where(inside, smooth // round(BASIN_DEPTH * 255), 256).astype(np.int16)
+    basins = local_minima(steps)  # type: ignore[no-untyped-call]
+    cores, count = ndimage.label(inside & basins)
+    pieces: NDArray[np.int32] = watershed(smooth, cores, mask=inside)  # type: ignore[no-untyped-call]
+    stray, _ = ndimage.label(inside & (pieces == 0))
+    return np.where(stray > 0, stray + count, pieces).astype(np.int32)
+
+
+_EDGE = -1
+"""What lies beyond the image, where 0 is ground and 1, 2, … are pieces."""
+
+
+def _borders(pieces: NDArray[np.int32], barrier: FloatArray) -> dict[tuple[int, int], tuple[float, float]]:
+    """Length of the border between each two that touch, and the sum of the barrier along it; the lower number first."""
+    around = np.pad(pieces, 1, constant_values=_EDGE)
+    height = np.pad(barrier, 1, mode="edge")
+    pairs, strengths = [], []
+    for one, other in (
+        (np.s_[1:-1, :-1], np.s_[1:-1, 1:]),
+        (np.s_[:-1, 1:-1], np.s_[1:, 1:-1]),
+    ):
+        apart = around[one] != around[other]
+        pairs.append(np.stack((around[one][apart], around[other][apart]), axis=1))
+        strengths.append(np.maximum(height[one][apart], height[other][apart]))
+    edges, which = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0, return_inverse=True)
+    lengths = np.bincount(which.ravel(), minlength=len(edges))
+    sums = np.bincount(which.ravel(), weights=np.concatenate(strengths), minlength=len(edges))
+    return {
+        (one, other): (length, total)
+        for (one, other), length, total in zip(edges.tolist(), lengths.tolist(), sums.tolist(), strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Join:
+    """Two nodes become one."""
+
+    one: int
+    other: int
+    strength: float
+    """Mean barrier between them; 0 where one is too small to stand alone."""
+
+    length: float
+    total: float
+    """Length of the border that vanishes, and the barrier along it."""
+
+
+def _joins(
+    borders: dict[tuple[int, int], tuple[float, float]], areas_px: list[float], min_area_px: float
+) -> list[_Join]:
+    """Neighbours joined, the weakest border first and pieces too small to stand alone before others, until all are."""
+    near: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for (one, other), border in borders.items():
+        if one > 0:
+            near[one][other] = near[other][one] = border
+    areas = list(areas_px)
+
+    def cost(one: int, other: int) -> float:
+        length, total = near[one][other]
+        return total / length - (1 if min(areas[one], areas[other]) < min_area_px else 0)
+
+    queue = [(cost(one, other), one, other) for one in near for other in near[one] if one < other]
+    heapq.heapify(queue)
+    joins: list[_Join] = []
+    while queue:
+        expected, one, other = heapq.heappop(queue)
+        if other not in near.get(one, ()):
+            continue  # one of the two was joined meanwhile; the queue holds what became of it
+        length, total = near[one][other]
+        node = len(areas)
+        joins.append(_Join(one, other, max(expected, 0.0), length, total))
+        areas.append(areas[one] + areas[other])
+        for gone in (one, other):
+            for third, (old_length, old_total) in near.pop(gone).items():
+                if third not in (one, other):
+                    del near[third][gone]
+                    length, total = near[node].get(third, (0.0, 0.0))
+                    near[node][third] = near[third][node] = (length + old_length, total + old_total)
+        for third in near[node]:
+            heapq.heappush(queue, (cost(third, node), third, node))
+    return joins
+
+
+def _judged(
+    pieces: NDArray[np.int32],
+    probabilities: FloatArray,
+    boundary: FloatArray,
+    borders: dict[tuple[int, int], tuple[float, float]],
+    joins: list[_Join],
+) -> Candidates:
+    """Candidates with their features, from what adds up when nodes are joined."""
+    leaves = int(pieces.max(initial=0)) + 1
+    count = leaves + len(joins)
+    height, width = pieces.shape
+    rows, columns = (axis.ravel().astype(np.float64) for axis in np.mgrid[:height, :width])
+    values = (
+        np.ones(pieces.size), probabilities.ravel(), probabilities.ravel() ** 2, boundary.ravel(),
+        columns, rows, columns**2, rows**2, columns * rows,
+    )  # fmt: skip
+    sums = np.zeros((count, 15))
+    for i, value in enumerate(values):
+        sums[:leaves, i] = np.bincount(pieces.ravel(), weights=value, minlength=leaves)
+    for (one, other), (length, total) in borders.items():
+        if one == _EDGE:
+            sums[other, 13] += length if other else 0
+        elif one == 0:
+            sums[other, 9:11] += length, total
+        else:
+            sums[[one, other], 11] += length
+            sums[[one, other], 12] += total
+    children = np.zeros((count, 2), np.int64)
+    strongest, next_border = np.zeros(count), np.full(count, 1.2)
+    for node, join in enumerate(joins, start=leaves):
+        both = [join.one, join.other]
+        children[node] = both
+        sums[node] = sums[join.one] + sums[join.other]
+        sums[node, 11:13] -= 2 * join.length, 2 * join.total
+        strongest[node] = max(join.strength, *strongest[both])
+        next_border[both] = join.strength
+    area = np.maximum(sums[:, 0], 1.0)
+    mean = sums[:, 1:9] / area[:, None]
+    # A pixel is a square: alone it has a spread of 1/12.
+    xx = np.maximum(mean[:, 5] - mean[:, 3] ** 2, 1 / 12)
+    yy = np.maximum(mean[:, 6] - mean[:, 4] ** 2, 1 / 12)
+    xy = mean[:, 7] - mean[:, 3] * mean[:, 4]
+    half = (xx + yy) / 2
+    root = np.sqrt(np.maximum(half**2 - (xx * yy - xy**2), 0))
+    longer, shorter = half + root, np.maximum(half - root, 1 / 12)
+    ground, ground_total, beside, beside_total, edge = sums[:, 9:14].T
+    outline = np.maximum(ground + beside + edge, 1.0)
+    features = np.stack(
+        (
+            mean[:, 0], np.sqrt(np.maximum(mean[:, 1] - mean[:, 0] ** 2, 0)), np.log(area), np.log(longer / shorter),
+            area / (12 * np.sqrt(longer * shorter)), outline / (4 * np.sqrt(area)), mean[:, 2],
+            (ground_total + beside_total) / np.maximum(ground + beside, 1), beside_total / np.maximum(beside, 1),
+            beside / outline, ground_total / np.maximum(ground, 1), edge / outline, strongest, next_border,
+        ), axis=1,
+    )  # fmt: skip
+    return Candidates(pieces, children, sums[:, 0], features)

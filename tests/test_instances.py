@@ -1,0 +1,100 @@
+"""Single objects from class and border maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from shapely import Polygon
+from shapely.affinity import rotate
+
+from backend.errors import BadConfig
+from backend.instances import instances
+from backend.segmenter import DenseMaps
+from backend.vectorize import VectorizeOptions, polygons, rasterize
+from tests.test_vectorize import EXACT, OPTIONS, assert_sound, coverage, iou
+
+
+def maps(truths: list[Polygon], height: int, width: int) -> DenseMaps:
+    """What a good model says of the shapes: their coverage, and their outlines 2–3 pixels wide."""
+    rows, cols = np.mgrid[:height, :width] + 0.5
+    away = shapely.distance(shapely.union_all([t.boundary for t in truths]), shapely.points(cols, rows))
+    boundary = 0.9 * np.exp(-((away / 1.3) ** 2))
+    nothing = np.zeros((height, width))
+    probabilities = np.stack((nothing, 0.95 * coverage(truths, height, width))).astype(np.float32)
+    return DenseMaps(("tree", "building"), probabilities, np.stack((nothing, boundary)).astype(np.float32))
+
+
+@pytest.mark.parametrize("angle", [0, 17, 45])
+def test_houses_in_a_row_are_told_apart(angle: float) -> None:
+    truths = [rotate(shapely.box(20 + 20 * i, 45, 40 + 20 * i, 75), angle, origin=(60, 60)) for i in range(4)]
+    found = instances(maps(truths, 120, 120), "building")
+    assert len(found) == 4
+    for instance in found:
+        (polygon,) = instance.polygons
+        assert max(iou(polygon, truth) for truth in truths) > 0.96
+        assert 0.5 < instance.score <= 1
+    drawn = [instance.polygons[0] for instance in found]
+    shared = sum(a.intersection(b).area for i, a in enumerate(drawn) for b in drawn[:i])
+    assert shared <= 0.005 * sum(p.area for p in drawn)
+    assert shapely.union_all(drawn).area == pytest.approx(4 * 600, rel=0.015)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+def test_neighbours_share_their_border_before_simplification(threshold: float) -> None:
+    truths = [rotate(shapely.box(20 + 20 * i, 45, 40 + 20 * i, 75), 30, origin=(60, 60)) for i in range(4)]
+    found = instances(maps(truths, 120, 120), "building", threshold=threshold, options=EXACT)
+    assert len(found) == 4
+    assert shapely.coverage_is_valid([instance.polygons[0] for instance in found])
+    assert isinstance(shapely.union_all([instance.polygons[0] for instance in found]), Polygon)
+
+
+def test_objects_apart_are_found_as_if_each_were_alone() -> None:
+    truths = [shapely.box(10, 10, 40, 30), rotate(shapely.box(60, 60, 100, 90), 20)]
+    dense = maps(truths, 120, 120)
+    found = instances(dense, "building")
+    assert [i.polygons[0].wkb for i in found] == [p.wkb for p in polygons(dense.probabilities[1])]
+    assert instances(dense, "tree") == []
+
+
+def test_an_object_of_which_nothing_is_core_is_found_all_the_same() -> None:
+    probability = np.zeros((1, 40, 40), np.float32)
+    probability[0, 10:14, 5:35] = 0.8
+    found = instances(DenseMaps(("road",), probability, np.full((1, 40, 40), 0.9, np.float32)), "road")
+    assert len(found) == 1
+    assert found[0].polygons[0].area == pytest.approx((4 - 0.25) * (30 - 0.25), rel=0.01)
+
+
+@pytest.mark.parametrize(("rows_of_border", "objects"), [(slice(30, 40), 1), (slice(10, 26), 1), (slice(10, 56), 2)])
+def test_a_border_cuts_an_object_where_it_runs_along_most_of_the_way(rows_of_border: slice, objects: int) -> None:
+    dense = maps([shapely.box(10, 10, 60, 60)], 70, 70)
+    boundary = dense.boundary.copy()
+    boundary[1, rows_of_border, 35:37] = 0.95
+    assert len(instances(DenseMaps(dense.labels, dense.probabilities, boundary), "building")) == objects
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from(OPTIONS))
+@settings(max_examples=20, deadline=None)
+def test_instances_of_noise_are_sound_and_cover_all_of_it(seed: int, sigma: float, options: VectorizeOptions) -> None:
+    rng = np.random.default_rng(seed)
+    noise, boundary = (ndimage.gaussian_filter(rng.random((1, 32, 28)), (0, sigma, sigma)) for _ in range(2))
+    noise = np.clip((noise - noise.mean()) / noise.std() / 4 + 0.5, 0, 1).astype(np.float32)
+    noise[0, 3, 3], boundary[0, 4, 4] = np.nan, np.inf
+    dense = DenseMaps(("x",), noise, boundary.astype(np.float32))
+    found = instances(dense, "x", least_score=0, options=options)
+    for instance in found:
+        assert 0 <= instance.score <= 1
+        assert_sound(list(instance.polygons), (32, 28), options)
+    if options is EXACT:
+        painted = np.zeros((32, 28), int)
+        for instance in found:
+            painted += rasterize(instance.polygons, 32, 28)
+        assert np.array_equal(painted, (np.nan_to_num(noise[0]) >= 0.5).astype(int))
+
+
+def test_an_unknown_class_is_refused_by_name() -> None:
+    with pytest.raises(BadConfig, match="no class 'lake'; it has tree, building"):
+        instances(maps([shapely.box(1, 1, 9, 9)], 10, 10), "lake")
