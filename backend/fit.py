@@ -173,7 +173,7 @@ class Gathered:
             self.annotation_ids.append(int(annotation.get("id") or 0))
             progress(0.3 * number / len(newest), f"reading annotations ({len(self.annotation_ids)})")
             regions = [(labels[r.label], r.polygon) for r in read.regions if r.label in labels]
-            yield Example(image_rgb=image.rgb, regions=regions, place=place_of(tile, task))
+            yield Example(image_rgb=image.rgb, regions=regions, place=place_of(tile, task), gsd_m=tile.gsd_m)
 
     def summary(self) -> str:
         """What was left out, in words."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
+from shapely import Polygon
 
-from . import vectorize
+from . import instances, vectorize
+from .coverage import coverage
 from .errors import BackendError, UnknownVersion
 from .flight import Gate, SingleFlight
 from .registry import ModelVersion, Registry
+from .regularize import regularized
 from .segmenter import DenseMaps, Embedding, Prompts, Segmenter
 from .settings import Settings
 from .tile import Region
@@ -28,6 +33,13 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
 """How often the registry is asked for promotions, in seconds."""
+
+LEAST_CLASS_EVIDENCE = 0.2
+"""An object is of a class where the class's mean probability under it exceeds half of that around it by this. Of
+held-out objects 74–100 % were named so at a fit scale, at most 1 % wrongly, and of places without an object 4–21 %."""
+
+BUILDING = "building"
+"""The class whose outlines can be made right-angled."""
 
 BATCH, INTERACTIVE = 0, 1
 """Urgency of work: a person waits for the second."""
@@ -44,6 +56,19 @@ class Trainable(Protocol):
 
     def with_heads(self, path: Path) -> Segmenter:
         """The same network with other heads. Raises BadWeights."""
+        ...
+
+
+@runtime_checkable
+class Scalable(Protocol):
+    """A segmenter that outlines small objects better when it sees the image enlarged."""
+
+    def working_scale(self, image_hw: tuple[int, int], gsd_m: float | None, classes: Collection[str]) -> float:
+        """How much to enlarge an image of that ground size a pixel, where objects of those classes count."""
+        ...
+
+    def embed(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> Embedding:
+        """Features of an image that is seen ``scale`` times as large."""
         ...
 
 
@@ -153,16 +178,32 @@ class Predictor:
                 self._models.popitem(last=False)
         return loaded
 
-    def embed(self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, *, urgency: int = BATCH) -> Embedding:
+    def working_scale(
+        self, model: Loaded, image_rgb: NDArray[np.uint8], gsd_m: float | None, classes: Collection[str]
+    ) -> float:
+        """How much the model should enlarge an image of that ground size a pixel, where those classes are in play."""
+        if not isinstance(model.segmenter, Scalable):
+            return 1.0
+        return model.segmenter.working_scale((image_rgb.shape[0], image_rgb.shape[1]), gsd_m, classes)
+
+    def embed(
+        self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, *, urgency: int = BATCH, scale: float = 1.0
+    ) -> Embedding:
         """The image's embedding, from memory where it was made before. ``key`` names the image's content."""
         base = getattr(model.segmenter, "base_version", model.segmenter.version)
+        if scale != 1:
+            key = f"{key}*{scale:g}"
         cached = self._embeddings.get((key, base))
         if cached is not None:
             return cached
 
         def compute() -> Embedding:
             with self.gate.entered(urgency=urgency):
-                embedding = model.segmenter.embed(image_rgb)
+                segmenter = model.segmenter
+                if isinstance(segmenter, Scalable):
+                    embedding = segmenter.embed(image_rgb, scale=scale)
+                else:
+                    embedding = segmenter.embed(image_rgb)
             self._embeddings.put((key, base), embedding)
             return embedding
 
@@ -178,21 +219,34 @@ class Predictor:
         options: VectorizeOptions,
         min_score: float,
         urgency: int = BATCH,
+        scale: float = 1.0,
+        frame: NDArray[np.float64] | None = None,
     ) -> list[Region]:
-        """Outlines of everything in the image that the model knows.
+        """Outlines of everything in the image that the model knows, the surest first; neighbours share their borders.
 
         ``labels`` gives, for each class of the model that is wanted, the label it gets. Objects below ``min_score``
-        are left out. Parts of one object share an ``object_id``.
+        are left out. Parts of one object share an ``object_id``. With ``frame``, which takes pixels to metres,
+        buildings become right-angled where that is as good.
         """
         if not labels:
             return []
-        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=urgency), urgency)
+        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=urgency, scale=scale), urgency)
+        found = [
+            (known, instance)
+            for known in labels
+            for instance in instances.instances(dense, known, least_score=min_score, options=options)
+        ]
+        # Ground that two claim goes to the surer one.
+        found.sort(key=lambda one: -one[1].score)
+        outlines = [list(instance.polygons) for _, instance in found]
+        if frame is not None:
+            size = (image_rgb.shape[1], image_rgb.shape[0])
+            outlines = _squared(outlines, [known == BUILDING for known, _ in found], frame, size)
         regions: list[Region] = []
-        for known, label in labels.items():
-            for number, instance in enumerate(vectorize.instances(dense, known, options=options)):
-                if instance.score >= min_score:
-                    tie = f"{known}-{number}" if len(instance.polygons) > 1 else ""
-                    regions += [Region(p, label, instance.score, object_id=tie) for p in instance.polygons]
+        for number, parts in enumerate(coverage(outlines, options=options)):
+            known, instance = found[number]
+            tie = f"{known}-{number}" if len(parts) > 1 else ""
+            regions += [Region(part, labels[known], instance.score, object_id=tie) for part in parts]
         return regions
 
     def prompted(
@@ -203,9 +257,10 @@ class Predictor:
         prompts: Prompts,
         *,
         options: VectorizeOptions,
+        scale: float = 1.0,
     ) -> list[Region]:
         """The outline of the object that clicks and box mean, without a label; its parts share an ``object_id``."""
-        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE)
+        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale)
         with self.gate.entered(urgency=INTERACTIVE):
             masks = model.segmenter.segment(embedding, prompts)
         polygons = vectorize.polygons(masks.probabilities[0], options=options)
@@ -213,23 +268,39 @@ class Predictor:
         return [Region(polygon, "", float(masks.scores[0]), object_id=tie) for polygon in polygons]
 
     def class_of(
-        self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, regions: list[Region], labels: Mapping[str, str]
+        self,
+        model: Loaded,
+        image_rgb: NDArray[np.uint8],
+        key: str,
+        regions: Sequence[Region],
+        among: Collection[str],
+        *,
+        scale: float = 1.0,
     ) -> str | None:
-        """The label whose class is likeliest under the outlines, of those in ``labels``; None where none is likely."""
-        if not labels or not regions:
+        """The model's class, of those in ``among``, that is likeliest under the outlines; None where none is likely."""
+        if not among or not regions:
             return None
-        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=INTERACTIVE), INTERACTIVE)
-        height, width = dense.probabilities.shape[1:]
-        inside = vectorize.rasterize([region.polygon for region in regions], height, width)
+        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale)
+        outlines = [region.polygon for region in regions]
+        reach = max(2, round(0.25 * math.sqrt(sum(outline.area for outline in outlines))))
+        window = _window_xyxy(outlines, reach, embedding.image_hw)
+        with self.gate.entered(urgency=INTERACTIVE):
+            dense = model.segmenter.dense(embedding, window_xyxy=window)
+        left, top, right, bottom = window
+        local = [shapely.transform(outline, lambda xy: xy - (left, top)) for outline in outlines]
+        inside = vectorize.rasterize(local, bottom - top, right - left)
         if not inside.any():
             return None
-        means = {
-            labels[known]: float(dense.probabilities[number][inside].mean())
-            for number, known in enumerate(dense.labels)
-            if known in labels
-        }
-        best = max(means, key=means.__getitem__, default=None)
-        return best if best is not None and means[best] >= 0.25 else None
+        around = _grown(inside, reach) & ~inside
+        best, highest = None, LEAST_CLASS_EVIDENCE
+        for known, probabilities in zip(dense.labels, dense.probabilities, strict=True):
+            if known in among:
+                # What is likely all around says less about this object than what is likely here alone.
+                outside = float(probabilities[around].mean()) if around.any() else 0.0
+                evidence = float(probabilities[inside].mean()) - 0.5 * outside
+                if evidence >= highest:
+                    best, highest = known, evidence
+        return best
 
     def _dense(self, model: Loaded, embedding: Embedding, urgency: int) -> DenseMaps:
         with self.gate.entered(urgency=urgency):
@@ -253,6 +324,39 @@ class Predictor:
             except Exception:
                 log.exception("the model registry cannot be read; serving the versions known so far")
             self._stop.wait(REFRESH_S)
+
+
+def _squared(
+    outlines: list[list[Polygon]], is_building: list[bool], frame: NDArray[np.float64], size: tuple[int, int]
+) -> list[list[Polygon]]:
+    """Objects in parts, those that are buildings right-angled."""
+    plain, others = (
+        [part for parts, flag in zip(outlines, is_building, strict=True) if flag == wanted for part in parts]
+        for wanted in (True, False)
+    )
+    squared = iter(regularized(plain, frame=frame, size=size, others=others))
+    return [
+        [next(squared) for _ in parts] if flag else parts for parts, flag in zip(outlines, is_building, strict=True)
+    ]
+
+
+def _window_xyxy(outlines: Sequence[Polygon], reach_px: int, image_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Columns and rows, from … to, of the pixels that outlines reach, and so many more on each side."""
+    left, top, right, bottom = shapely.total_bounds(outlines)
+    height, width = image_hw
+    return (
+        max(0, math.floor(left) - reach_px),
+        max(0, math.floor(top) - reach_px),
+        min(width, math.ceil(right) + reach_px),
+        min(height, math.ceil(bottom) + reach_px),
+    )
+
+
+def _grown(mask: NDArray[np.bool_], reach_px: int) -> NDArray[np.bool_]:
+    """The mask and all pixels not farther from it than so many."""
+    from scipy import ndimage
+
+    return np.asarray(ndimage.distance_transform_edt(~mask) <= reach_px)
 
 
 class EmbeddingCache:
@@ -294,7 +398,7 @@ def warmed_up(segmenter: Segmenter) -> Segmenter:
     dense = segmenter.dense(embedding)
     masks = segmenter.segment(embedding, Prompts(np.array([(256.0, 256.0)]), np.array([True])))
     for label in dense.labels:
-        vectorize.instances(dense, label)
+        instances.instances(dense, label)
     vectorize.polygons(masks.probabilities[0])
     return segmenter
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shapely import Polygon
 from torch import Tensor
 
-from .compact import CELL_PX, CompactSegmenter, DenseHead, save_heads
+from .compact import CELL_PX, CompactSegmenter, DenseHead, cell_size_xy, save_heads
 from .errors import TrainingError
 from .segmenter import Embedding
 
@@ -56,6 +56,9 @@ class Example:
 
     embedding: Embedding | None = None
     """Features of the tile, if they are at hand."""
+
+    gsd_m: float | None = None
+    """Ground size of a pixel, in metres, where known."""
 
     def __post_init__(self) -> None:
         if self.image_rgb is None and self.embedding is None:
@@ -151,7 +154,8 @@ def train_heads(
                 raise TrainingError(
                     f"a tile of {example.place} has features of other weights and no image to compute them anew"
                 )
-            embedding = segmenter.embed(example.image_rgb)
+            scale = segmenter.working_scale(example.image_rgb.shape[:2], example.gsd_m, labels)
+            embedding = segmenter.embed(example.image_rgb, scale=scale)
         embeddings.append(embedding)
 
     held_out = _held_out_places(examples, trained, seed)
@@ -206,16 +210,17 @@ def _held_out_places(examples: Sequence[Example], labels: Sequence[str], seed: i
 def _tile(example: Example, embedding: Embedding, label: str) -> _Tile:
     rows, columns = embedding.features["coarse"].shape[1:]
     shape = rows * CELL_PX, columns * CELL_PX
+    per_px = CELL_PX / cell_size_xy(embedding)  # the network may see the tile enlarged
     instances = np.zeros(shape, np.float32)
     outlines = sorted((p for name, p in example.regions if _same(name, label)), key=lambda p: -p.area)
     for number, outline in enumerate(outlines, 1):
         for part in shapely.get_parts(outline):
             if part.geom_type == "Polygon":
-                rings = [np.asarray(ring.coords)[:, :2] for ring in (part.exterior, *part.interiors)]
+                rings = [np.asarray(ring.coords)[:, :2] * per_px for ring in (part.exterior, *part.interiors)]
                 cv2.fillPoly(instances, [np.round(ring * 16 - 8).astype(np.int32) for ring in rings], number, shift=4)
     border = cv2.dilate(instances, np.ones((3, 3))) != cv2.erode(instances, np.ones((3, 3)))
     target = np.stack([_halved(instances > 0), np.minimum(1, 1.5 * _halved(border))])
-    height, width = embedding.image_hw
+    width, height = (round(n) for n in embedding.image_hw[::-1] * per_px)
     seen = np.zeros((2 * rows, 2 * columns), np.float32)
     seen[: height // 2, : width // 2] = 1
     return _Tile(embedding, target, seen, example.weight)

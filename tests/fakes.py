@@ -50,8 +50,9 @@ class BrightSegmenter:
         near = cv2.dilate(wanted.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
         return Masks(np.where(near, grey, 0)[None].astype(np.float32), np.array([0.9], np.float32))
 
-    def dense(self, embedding: Embedding) -> DenseMaps:
-        grey = np.asarray(embedding.features["grey"], np.float32)
+    def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
+        left, top, right, bottom = window_xyxy or (0, 0, *embedding.image_hw[::-1])
+        grey = np.asarray(embedding.features["grey"], np.float32)[top:bottom, left:right]
         return DenseMaps(self.labels, grey[None], np.zeros((1, *grey.shape), np.float32))
 
 

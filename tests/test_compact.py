@@ -94,6 +94,16 @@ def test_blocks_give_the_same_features_as_one_piece(segmenter, monkeypatch):
         assert np.abs(a - b).mean() < 0.02 * np.abs(b).std()
 
 
+def test_large_images_are_embedded_in_thirds_with_the_same_features(segmenter, monkeypatch):
+    picture = image(96, 128)
+    whole = segmenter.embed(picture)
+    monkeypatch.setattr(compact, "_WIDE_BYTES", 0)
+    in_thirds = segmenter.embed(picture)
+    for name in ("coarse", "fine"):
+        one, other = (e.features[name].astype(float) for e in (whole, in_thirds))
+        np.testing.assert_allclose(one, other, atol=2e-3)
+
+
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 300, 1000, 1024])
 def test_blocks_cover_the_axis_once(length):
     covered = np.zeros(length, int)
@@ -168,7 +178,7 @@ def test_an_embedding_of_other_weights_is_refused(segmenter):
 def test_resampling_keeps_places():
     ramp = np.add.outer(np.zeros(40, np.float32), np.arange(40, dtype=np.float32))
     # Value i is 2 px wide and starts at 10 px, so its centre lies at 10 + (i + 0.5) * 2.
-    out = compact._resampled(ramp, (10, 0), 2, 12, 0, 60, 20)
+    out = compact._resampled(ramp, np.array([10.0, 0]), np.array([2.0, 2]), 12, 0, 60, 20)
     expected = (np.arange(12, 60) + 0.5 - 10) / 2 - 0.5
     np.testing.assert_allclose(out[5], expected, atol=0.05)
 
@@ -253,3 +263,127 @@ def test_shipped_weights_outline_a_boxed_roof(shipped):
     picture, mask = roof()
     answer = shipped.segment(shipped.embed(picture), Prompts(box_xyxy=np.array([88.0, 79, 152, 131])))
     assert iou(answer.probabilities[0] > 0.5, mask) > 0.75
+
+
+# --- Working scale ---
+
+
+@pytest.mark.parametrize("hw", [(64, 96), (101, 75)])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 3.0])
+def test_an_enlarged_image_is_answered_in_its_own_pixels(shipped, hw, scale):
+    embedding = shipped.embed(image(*hw), scale=scale)
+    assert embedding.image_hw == hw
+    point = (hw[1] - 20.5, 30.5)
+    mask = shipped.segment(embedding, click((*point, True), (5.5, 5.5, False))).probabilities[0]
+    assert mask.shape == hw
+    assert mask[30, hw[1] - 21] > 0.5 > mask[5, 5]
+    assert shipped.dense(embedding).probabilities.shape[1:] == hw
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_outline_lies_in_the_same_place_at_every_scale(shipped, scale):
+    picture, mask = roof(201, 243)
+    embedding = shipped.embed(picture, scale=scale)
+    answer = shipped.segment(embedding, click((120.5, 105.5, True))).probabilities[0] > 0.5
+    assert iou(answer, mask) > 0.75
+    for axis in (0, 1):
+        middle, truth = (np.nonzero(m.any(axis))[0].mean() for m in (answer, mask))
+        assert abs(middle - truth) < 2
+
+
+def test_coarse_imagery_is_enlarged_as_far_as_time_allows(segmenter):
+    wanted = [
+        ((512, 512), None, (), 1.0),
+        ((256, 256), None, (), 1.0),
+        ((512, 512), 0.13, ("building",), 1.0),
+        ((512, 512), 0.3, ("building",), 1.0),
+        ((512, 512), 0.5, ("building",), 2.0),
+        ((512, 512), 1.36, (), 3.0),
+        ((1024, 1024), 1.36, ("building",), 1.5),
+        ((4000, 4000), 1.36, ("building",), 1.0),
+        ((512, 512), 1.0, ("building", "Field"), 1.0),
+        ((512, 512), 4.0, ("field",), 2.0),
+    ]
+    for hw, gsd_m, classes, scale in wanted:
+        assert segmenter.working_scale(hw, gsd_m, classes) == scale, (hw, gsd_m, classes)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(segmenter, scale):
+    with pytest.raises(ValueError, match="scale"):
+        segmenter.embed(image(16, 16), scale=scale)
+
+
+# --- Part of a tile, and objects of every size ---
+
+
+@pytest.mark.parametrize("window_xyxy", [(0, 0, 90, 70), (13, 21, 14, 22), (40, 3, 90, 70), (31, 30, 60, 47)])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_the_maps_of_a_part_are_part_of_the_maps(segmenter, window_xyxy, scale):
+    embedding = segmenter.embed(image(70, 90), scale=scale)
+    left, top, right, bottom = window_xyxy
+    whole, part = segmenter.dense(embedding), segmenter.dense(embedding, window_xyxy=window_xyxy)
+    for name in ("probabilities", "boundary"):
+        expected = getattr(whole, name)[:, top:bottom, left:right]
+        np.testing.assert_allclose(getattr(part, name), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [6, 9, 12])
+def test_a_tiny_object_is_outlined(shipped, side):
+    rng = np.random.default_rng(2)
+    picture = rng.normal((70, 95, 55), 5, (128, 128, 3))
+    mask = np.zeros((128, 128), bool)
+    mask[60 : 60 + side, 70 : 70 + side] = True
+    picture[mask] = (215, 210, 205)
+    embedding = shipped.embed(picture.clip(0, 255).astype(np.uint8))
+    middle = 60 + side / 2
+    boxed = Prompts(box_xyxy=np.array([70.0, 60, 70 + side, 60 + side]))
+    for prompts, least in ((click((middle + 10, middle, True)), 0.2), (boxed, 0.5)):
+        answer = shipped.segment(embedding, prompts).probabilities[0] > 0.5
+        assert iou(answer, mask) > least, (prompts, int(answer.sum()))
+
+
+def test_a_box_is_never_answered_with_nothing(segmenter):
+    """Not even by weights that see no object there."""
+    embedding = segmenter.embed(image(90, 70, 4))
+    for box in ((10.0, 10, 60, 80), (20.0, 30, 27, 36), (66.0, 86, 70, 90), (0.0, 0, 70, 90)):
+        mask = segmenter.segment(embedding, Prompts(box_xyxy=np.array(box))).probabilities[0] > 0.5
+        x0, y0, x1, y1 = (int(v) for v in box)
+        assert mask[y0:y1, x0:x1].mean() > 0.3, box
+
+
+def test_an_object_as_large_as_the_tile_is_outlined(shipped):
+    rng = np.random.default_rng(3)
+    picture = rng.normal((205, 200, 195), 4, (400, 400, 3))
+    picture[:12] = rng.normal((40, 60, 30), 4, (12, 400, 3))
+    embedding = shipped.embed(picture.clip(0, 255).astype(np.uint8))
+    mask = shipped.segment(embedding, Prompts(box_xyxy=np.array([0.0, 12, 400, 400]))).probabilities[0] > 0.5
+    assert mask[12:].mean() > 0.9
+    assert mask[:8].mean() < 0.1
+
+
+def test_the_arithmetic_gives_what_it_gave_before_it_was_made_faster():
+    torch.manual_seed(5)
+    segmenter = CompactSegmenter(CompactNet(["building"]), "compact-00000000")
+    embedding = segmenter.embed(image(96, 80, 6))
+    masks = segmenter.segment(embedding, click((40.5, 50.5, True), (10.5, 20.5, False)))
+    found = [np.abs(embedding.features["coarse"].astype(np.float64)), masks.probabilities]
+    found.append(segmenter.dense(embedding).probabilities)
+    assert [float(values.mean()) for values in found] == pytest.approx([0.16686, 0.57463, 0.46589], abs=1e-3)
+
+
+@pytest.mark.parametrize("box", [None, (20.0, 18.0, 52.0, 44.0)])
+def test_prompts_read_once_are_as_good_as_prompts_read_in_each_pass(segmenter, box):
+    decoder = segmenter._net.decoder
+    torch.manual_seed(7)
+    context, fine = decoder.context(torch.randn(1, compact.COARSE, 24, 20)), torch.randn(1, compact.FINE, 48, 40)
+    colours = torch.rand(1, 3, 24, 20) * 255, torch.rand(1, 3, 48, 40) * 255
+    points = torch.tensor([[[9.5, 11.5, 1.0], [3.0, 2.0, -1.0]]])
+    edges = torch.tensor([box or (float("nan"),) * 4]) / compact.CELL_PX
+    views = context, fine, *colours, points, edges
+    with torch.inference_mode():
+        first, _ = decoder(*views)
+        _, expected = decoder(*views, first)
+        prompted = decoder.prompt_maps(context, points, edges)
+        _, sharp = decoder(*views, decoder(*views, None, prompted)[0], prompted)
+    torch.testing.assert_close(sharp, expected)
