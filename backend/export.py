@@ -2,71 +2,57 @@
 
 Tiles of one scene are brought into one frame of pixels, there the parts of objects that tiles cut are joined, and only
 what is whole goes to lon/lat. Nothing is left out silently: the report counts every reason.
+
+The way goes twice over the outlines, so that a million of them need no more memory than a few numbers each: they are
+read page by page and laid down in a file (`spool`); then objects are joined and written batch by batch.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import html
 import json
-import math
-import os
-import shutil
-import tempfile
-import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyproj
 import shapely
 from numpy.typing import NDArray
-from pyproj.transformer import TransformerGroup
-from shapely import MultiPolygon, Polygon, STRtree
+from shapely import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from . import labelstudio, vectorize
+from . import annotations as drawn
+from . import labelstudio
+from .annotations import Making, Predicted, is_damage, is_repair
+from .datasets import KINDS, FileNames, Picture, SceneFeatures, check_name, write_dataset
+from .earth import Area, Lineage, area_of, checked_lineage, lineage_record, versions
+from .edits import Edit, Edits
 from .errors import BadRequest, BadTile, ExportError
+from .formats import FIELDS, Batch, Remark, check_ending, write, write_text
+from .ground import areas_m2, lonlat_geometries
 from .labelstudio import LabelConfig
-from .tile import FloatArray, Region, Tile, to_lonlat
+from .report import Conflict, ExportReport, report_page
+from .seams import Pieces, View, WholeObject, near_pairs, seen, view_of, whole_objects
+from .sketch import ImageOf, Repair, Sketch, area_change
+from .spool import Spool
+from .tile import Tile
 
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
+__all__ = ["ON_INVALID", "ExportOptions", "ExportReport", "export"]
 
-DECIMALS = 7
-"""Of degrees in GeoJSON: a centimetre. With six, polygons of 5 cm pixels become invalid."""
-
-ENDINGS = (".geojson", ".json", ".gpkg", ".parquet", ".fgb", ".shp")
 ON_INVALID = ("repair", "drop", "error")
 
-_BORDER_PX = 1.5
-"""An outline this close to its tile's border is taken to go on beyond it."""
-
-_SLIVER_PX = 3.0
-"""An outline that reaches no farther into its tile is hardly enough to tell what it belongs to."""
-
-_MIN_SHARED = 0.3
-"""Share of the smaller of two outlines, within the ground that both tiles show, that makes them one object."""
-
-_MIN_DUPLICATE = 0.5
-"""The same for two outlines that their tiles show whole."""
-
-_MIN_COVERED = 0.8
-"""A part of an object that another tile shows whole is not needed when the whole covers this share of it."""
-
-_MIN_CONTACT = 0.5
-"""Share of the shorter contact with the common border of tiles that do not overlap."""
-
-_MAX_BEND_PX = 0.05
-"""How far an edge may leave its line on the ground by being drawn straight in lon/lat."""
-
 _MAX_FINDINGS = 200
-_GEOD = pyproj.Geod(ellps="WGS84")
+_MAX_CONFLICTS = 200
+
+_MIN_CONFLICT = 0.5
+"""Share of the smaller of two features of different labels that must lie on the other to be called a conflict."""
+
+_BATCH_OUTLINES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,139 +71,94 @@ class ExportOptions:
     allow_ballpark: bool = False
     """Write features although the way to EPSG:4326 is less accurate than a pixel."""
 
+    format: str = ""
+    """A dataset for training: ``coco``, ``yolo`` or ``stac``; empty for a file of the kind that its ending says."""
+
+    annotations_from: str = "ground_truth"
+    """Of several annotations of a task: the newest ``ground_truth``, else the newest; the ``latest``; or ``all``."""
+
     def __post_init__(self) -> None:
         if self.on_invalid not in ON_INVALID:
             raise ExportError(f"on_invalid must be one of {', '.join(ON_INVALID)}, got {self.on_invalid!r}")
+        if self.annotations_from not in drawn.FROM:
+            raise ExportError(f"annotations_from must be one of {', '.join(drawn.FROM)}, got {self.annotations_from!r}")
+        if self.format and self.format not in KINDS:
+            raise ExportError(f"format must be one of {', '.join(KINDS)}, or empty, got {self.format!r}")
+        if self.format in ("coco", "yolo") and not self.merge_seams:
+            raise ExportError(f"{self.format} draws whole objects back onto each tile, which takes merged seams")
         if not 0 <= self.simplify_px <= 100:
             raise ExportError(f"simplify_px must be 0 to 100 pixels, got {self.simplify_px}")
 
 
-@dataclass(frozen=True, slots=True)
-class Lineage:
-    """How coordinates of one CRS became EPSG:4326."""
+def export(
+    tasks: Iterable[Mapping[str, Any]],
+    out: Path,
+    *,
+    options: ExportOptions | None = None,
+    label_config: str | None = None,
+    report_path: Path | None = None,
+    image_of: ImageOf | None = None,
+    edits: Edits | None = None,
+) -> ExportReport:
+    """Write the annotations of Label Studio's JSON tasks as features in EPSG:4326; the ending of ``out`` says how.
 
-    crs: str
-    operation: str
-    accuracy_m: float | None
-    """As PROJ states it; None where it states nothing."""
-
-    is_best: bool
-    """False where a better operation needs a grid that is not installed."""
-
-    definition: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What came of it."""
-
-    out: Path
-    tasks: int
-    annotations: int
-    regions: int
-    """Outlines that were read."""
-
-    features: int
-    merged: int
-    """Features that were joined from several tiles."""
-
-    duplicates: int
-    """Outlines left out because a neighbouring tile shows the same object."""
-
-    repaired: int
-    dropped: dict[str, int]
-    """Why results of annotations were left out, and how often."""
-
-    refused: dict[str, int]
-    """Why whole tasks were left out, and how often."""
-
-    findings: list[str]
-    """The first repairs and drops, each with its task."""
-
-    crs: list[Lineage]
-    versions: dict[str, str]
-
-    def sentence(self) -> str:
-        """For a person."""
-        parts = [f"{self.features} features from {self.regions} outlines on {self.tasks} tasks in {self.out}"]
-        parts += [f"{self.merged} joined across tiles"] if self.merged else []
-        parts += [f"{self.duplicates} duplicates left out"] if self.duplicates else []
-        parts += [f"{self.repaired} repaired"] if self.repaired else []
-        parts += [f"{count} x {reason}" for reason, count in {**self.dropped, **self.refused}.items()]
-        return "; ".join(parts)
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A tile in the frame of its scene."""
-
-    tile: Tile
-    outline: Polygon
-    core: Polygon | None
-
-    @cached_property
-    def inside(self) -> BaseGeometry:
-        """Where outlines are seen whole."""
-        return self.outline.buffer(-_BORDER_PX, join_style="mitre")
-
-    @cached_property
-    def deep_inside(self) -> BaseGeometry:
-        """Where more than slivers reach."""
-        return self.outline.buffer(-_SLIVER_PX, join_style="mitre")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
-    """An object as one task shows it, in the frame of its scene."""
-
-    shape: BaseGeometry
-    label: str
-    score: float | None
-    view: _View
-    task: Any
-    annotation: Any
-    regions: tuple[str, ...]
-    is_whole: bool
-    """Whether all of the object lies on the tile."""
-
-    is_sliver: bool
-    """Whether all that the tile shows hugs its border: hardly enough to tell what it belongs to."""
-
-
-@dataclass(slots=True)
-class _Scene:
-    """Everything that was drawn on one scene, in pixels of its first tile."""
-
-    anchor: Tile
-    name: str
-    pieces: list[_Piece] = field(default_factory=list)
-    bounds: list[tuple[float, float, float, float]] = field(default_factory=list)
-
-    def view(self, tile: Tile) -> _View:
-        """Where the tile lies in the scene."""
-        corners = self.place(tile.outline_px(), tile)
-        assert isinstance(corners, Polygon)
-        column, row, columns, rows = tile.core or (0, 0, 0, 0)
-        core = self.place(shapely.box(column, row, column + columns, row + rows), tile) if tile.core else None
-        self.bounds.append(corners.bounds)
-        return _View(tile, corners, core if isinstance(core, Polygon) else None)
-
-    def place(self, shape: BaseGeometry, tile: Tile) -> BaseGeometry:
-        """From pixels of a tile to pixels of the scene."""
-        matrix, offset = self._between(tile)
-        return shapely.transform(shape, lambda points: points @ matrix + offset)
-
-    def _between(self, tile: Tile) -> tuple[FloatArray, FloatArray]:
-        width, height = tile.size
-        corners = self.anchor.crs_to_px(tile.px_to_crs(np.array([(0.0, 0.0), (width, 0.0), (0.0, height)])))
-        matrix = np.array([(corners[1] - corners[0]) / width, (corners[2] - corners[0]) / height])
-        # Tiles of one grid are whole pixels apart: what arithmetic lost would leave slivers between their outlines.
-        whole, offset = np.rint(corners[0]), corners[0]
-        matrix = np.where(np.abs(matrix - np.eye(2)) < 1e-7, np.eye(2), matrix)
-        return matrix, np.where(np.abs(offset - whole) < 1e-4, whole, offset)
+    ``label_config`` is the project's, where known: it tells prompts from regions. ``report_path`` takes the report as
+    an HTML page, with the tiles as ``image_of`` fetches them. ``edits`` made in a desktop GIS count more
+    than annotations. The file appears whole or not at all. Raises ExportError
+    where no task has both a place and an annotation, where an outline is invalid and ``on_invalid`` is ``error``, and
+    where a CRS cannot be left exactly.
+    """
+    options = options or ExportOptions()
+    if options.format:
+        check_name(options.format, out)
+    else:
+        check_ending(out)
+    config = labelstudio.parse_config(label_config) if label_config else None
+    made_at = datetime.now(UTC).isoformat(timespec="seconds")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(4))
+        store = _Store(shapes, regions, makings, joined)
+        tally = _Tally(sketch=Sketch() if report_path is not None else None)
+        reader = _Reader(options, config, store, tally)
+        for task in tasks:
+            reader.read(task)
+        scenes = reader.finish()
+        if not scenes:
+            raise ExportError(_why_nothing(tally))
+        for scene in scenes:
+            scene.lineage = checked_lineage(scene.anchor, scene.area(), allow_ballpark=options.allow_ballpark)
+        lineages = list({scene.lineage.crs: scene.lineage for scene in reversed(scenes) if scene.lineage}.values())
+        pending = _Edits(edits or Edits(), scenes)
+        written = _write(
+            scenes, store, out, options, config, tally, lineage_record(lineages[::-1], made_at=made_at), pending
+        )
+    pending.finish(tally)
+    report = ExportReport(
+        out=out,
+        tasks=tally.tasks,
+        annotations=tally.annotations,
+        regions=tally.regions,
+        features=written,
+        merged=tally.merged,
+        duplicates=tally.duplicates,
+        repaired=tally.repaired,
+        dropped=dict(tally.dropped),
+        refused=dict(tally.refused),
+        findings=tally.findings,
+        crs=lineages[::-1],
+        versions=versions(),
+        conflicts=tally.conflicts,
+        conflict_count=tally.conflict_count,
+        labels=dict(tally.labels),
+        label_area_m2={label: round(area, 3) for label, area in tally.label_area_m2.items()},
+        chosen=dict(tally.chosen),
+        edits=dict(pending.counts),
+        made_at=made_at,
+    )
+    if report_path is not None:
+        write_text(report_path, report_page(report, tally.sketch, image_of=image_of))
+    return report
 
 
 @dataclass(slots=True)
@@ -233,57 +174,30 @@ class _Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
+    places: list[_Place] = field(default_factory=list)
+    conflicts: list[Conflict] = field(default_factory=list)
+    conflict_count: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    label_area_m2: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    chosen: Counter[str] = field(default_factory=Counter)
+    sketch: Sketch | None = None
 
-    def find(self, what: str) -> None:
+    def find(self, what: str, place: _Place) -> None:
         if len(self.findings) < _MAX_FINDINGS:
             self.findings.append(what)
+            self.places.append(place)
 
 
-def export(
-    tasks: Iterable[Mapping[str, Any]],
-    out: Path,
-    *,
-    options: ExportOptions | None = None,
-    label_config: str | None = None,
-    report_path: Path | None = None,
-) -> ExportReport:
-    """Write the annotations of Label Studio's JSON tasks as features in EPSG:4326; the ending of ``out`` says how.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where something was found wrong with an annotation."""
 
-    ``label_config`` is the project's, where known: it tells prompts from regions. ``report_path`` takes the report as
-    an HTML page. The file appears whole or not at all. Raises ExportError where no task has both a place and an
-    annotation, where an outline is invalid and ``on_invalid`` is ``error``, and where a CRS cannot be left exactly.
-    """
-    options = options or ExportOptions()
-    _check_ending(out)
-    tally = _Tally()
-    scenes = _read(tasks, options, labelstudio.parse_config(label_config) if label_config else None, tally)
-    if not scenes:
-        raise ExportError(_why_nothing(tally))
-    features: list[_Feature] = []
-    lineages: dict[str, Lineage] = {}
-    for scene in scenes:
-        lineage = _checked_lineage(scene, options)
-        lineages.setdefault(lineage.crs, lineage)
-        features += _on_earth(scene, _whole_objects(scene, options, tally), tally)
-    written = write(_frame(features), out)
-    report = ExportReport(
-        out=out,
-        tasks=tally.tasks,
-        annotations=tally.annotations,
-        regions=tally.regions,
-        features=written,
-        merged=tally.merged,
-        duplicates=tally.duplicates,
-        repaired=tally.repaired,
-        dropped=dict(tally.dropped),
-        refused=dict(tally.refused),
-        findings=tally.findings,
-        crs=list(lineages.values()),
-        versions={"PROJ": pyproj.proj_version_str, "GEOS": shapely.geos_version_string},
-    )
-    if report_path is not None:
-        _write_text(report_path, report_page(report))
-    return report
+    reason: str
+    task: Any
+    region: str
+    tile: Tile
+    shape_px: BaseGeometry | None
+    """In pixels of the tile; None for a region of which nothing is left."""
 
 
 def _why_nothing(tally: _Tally) -> str:
@@ -295,823 +209,764 @@ def _why_nothing(tally: _Tally) -> str:
     return f"none of {tally.tasks} tasks has a submitted annotation; submit some in Label Studio first"
 
 
-def _read(
-    tasks: Iterable[Mapping[str, Any]], options: ExportOptions, config: LabelConfig | None, tally: _Tally
-) -> list[_Scene]:
-    """Scenes with what was drawn on them, in the order in which they come."""
-    scenes: dict[tuple[str, str], _Scene] = {}
-    for task in tasks:
-        tally.tasks += 1
-        chosen = labelstudio.chosen_annotations(task)
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Scene:
+    """Everything that was drawn on one scene, in pixels of its first tile."""
+
+    anchor: Tile
+    name: str
+    bounds: NDArray[np.float64] | None = None
+    lineage: Lineage | None = None
+
+    outlines: list[NDArray[Any]] = field(default_factory=list)
+    """Records of ``_OUTLINE``, batch by batch."""
+
+    views: list[View] = field(default_factory=list)
+    addresses: list[tuple[str, Any]] = field(default_factory=list)
+    """Image and task of each view."""
+
+    def pictures(self) -> Iterator[tuple[View, tuple[str, Any]]]:
+        """Views with their image and task."""
+        return zip(self.views, self.addresses, strict=True)
+
+    def view(self, tile: Tile, address: str, task: Any) -> int:
+        """Number of the view that the tile is of the scene."""
+        view = view_of(tile, self.anchor)
+        box = np.array(view.outline.bounds)
+        old = box if self.bounds is None else self.bounds
+        self.bounds = np.concatenate((np.minimum(old, box)[:2], np.maximum(old, box)[2:]))
+        self.views.append(view)
+        self.addresses.append((address, task))
+        return len(self.views) - 1
+
+    def from_lonlat(self, geometry: BaseGeometry) -> BaseGeometry:
+        """A shape on Earth in the frame of the scene."""
+        return shapely.transform(geometry, self.anchor.lonlat_to_px)
+
+    def shows(self, geometry: BaseGeometry) -> bool:
+        """Whether a place on Earth lies on one of the tiles."""
+        point = self.from_lonlat(geometry.representative_point())
+        return bool(np.any(shapely.covers(np.array([view.outline for view in self.views], dtype=object), point)))
+
+    def area(self) -> Area | None:
+        """Where on Earth the scene lies, in whole degrees."""
+        assert self.bounds is not None
+        left, top, right, bottom = self.bounds.tolist()
+        return area_of(self.anchor, (left, top, right, bottom))
+
+
+_OUTLINE = np.dtype(
+    [
+        ("number", np.int64),  # in the spools
+        ("box", np.float64, 4),
+        ("area_px", np.float64),
+        ("score", np.float64),  # NaN where unknown
+        ("label", np.int32),
+        ("version", np.int32),  # -1 where unknown
+        ("annotation", np.int32),
+        ("task", np.int32),
+        ("view", np.int32),
+        ("edited", np.int8),  # -1 where unknown
+        ("is_whole", bool),
+        ("is_sliver", bool),
+    ]
+)
+"""What is kept in memory of an outline."""
+
+
+@dataclass(slots=True)
+class _Store:
+    """What does not fit into memory, by number, and the texts that outlines share."""
+
+    shapes: Spool
+    """Outlines, in pixels of their scene's anchor, as WKB."""
+
+    regions: Spool
+    """Ids of the regions that an outline was made of, one after the other, a zero byte between them."""
+
+    makings: Spool
+    """When and by whom each annotation was made, as a JSON list."""
+
+    joined: Spool
+    """Objects that were written, where they may conflict."""
+
+    texts: dict[str, int] = field(default_factory=dict)
+    """Labels and model versions, and their numbers."""
+
+    ids_are_numbers: bool = True
+
+    def number_of(self, text: str) -> int:
+        return self.texts.setdefault(text, len(self.texts))
+
+    def fetch(self, numbers: NDArray[np.int64]) -> NDArray[np.object_]:
+        return np.asarray(shapely.from_wkb(np.array(self.shapes.read(numbers), dtype=object)))
+
+    def add_making(self, making: Making) -> int:
+        ids = (making.task, making.annotation)
+        if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in ids):
+            self.ids_are_numbers = False
+        self.makings.append([json.dumps([getattr(making, name) for name in _MAKING], default=str).encode()])
+        return len(self.makings) - 1
+
+    def making(self, number: int) -> Making:
+        return Making(*json.loads(self.makings.read([number])[0]))
+
+
+_MAKING = tuple(Making.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outline:
+    """A region, or the parts of an object, under way to the store."""
+
+    points_pct: list[Any] | None
+    """Of a single polygon that has not been looked at; None where ``shape`` is known."""
+
+    shape: BaseGeometry | None
+    """In pixels of the tile."""
+
+    label: str
+    score: float | None
+    regions: tuple[str, ...]
+    edited: bool | None
+    version: str | None
+    scene: _Scene
+    view: int
+    annotation: int
+    result: Mapping[str, Any] | None
+    source: _Source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """An annotation on one image."""
+
+    annotation: Mapping[str, Any]
+    task: Mapping[str, Any]
+    to_name: str | None
+    scene: _Scene
+    view: int
+    making: int
+    task_number: int
+    predicted: Predicted
+
+    @property
+    def tile(self) -> Tile:
+        return self.scene.views[self.view].tile
+
+
+class _Reader:
+    """Tasks → outlines in the frame of their scene, in the store."""
+
+    def __init__(self, options: ExportOptions, config: LabelConfig | None, store: _Store, tally: _Tally) -> None:
+        self._options = options
+        self._config = config
+        self._store = store
+        self._tally = tally
+        self._scenes: dict[tuple[str, str], _Scene] = {}
+        self._waiting: list[_Outline] = []
+
+    def read(self, task: Mapping[str, Any]) -> None:
+        """Take a task's outlines in."""
+        self._tally.tasks += 1
+        chosen = drawn.chosen(task, self._options.annotations_from)
         if not chosen:
-            continue
+            return
         try:
-            views = list(_tiles(task, config))
+            tiles = list(drawn.tiles_of(task, self._config))
         except (BadTile, BadRequest) as error:
-            tally.refused[_without_task(str(error), task)] += 1
-            continue
-        tally.annotations += len(chosen)
-        for to_name, tile in views:
+            self._tally.refused[drawn.without_task(str(error), task)] += 1
+            return
+        self._tally.annotations += len(chosen)
+        addresses = {to_name: drawn.image_address(task, self._config, to_name) for to_name, _ in tiles}
+        if self._tally.sketch is not None:
+            for to_name, tile in tiles:
+                self._tally.sketch.add_tile(tile, image_url=addresses[to_name], task_id=task.get("id"))
+        for annotation in chosen:
+            self._tally.chosen[_why_chosen(annotation, self._options)] += 1
+        makings = [self._store.add_making(drawn.making_of(annotation, task)) for annotation in chosen]
+        for to_name, tile in tiles:
             key = (tile.scene, str(tile.crs))
-            scene = scenes.setdefault(key, _Scene(tile, tile.scene))
-            view = scene.view(tile)
-            for annotation in chosen:
-                _read_annotation(annotation, task, to_name, scene, view, options, config, tally)
-    return list(scenes.values())
+            scene = self._scenes.setdefault(key, _Scene(tile, tile.scene))
+            view = scene.view(tile, addresses[to_name], task.get("id"))
+            for annotation, making in zip(chosen, makings, strict=True):
+                predicted = Predicted.on(task, annotation)
+                source = _Source(annotation, task, to_name, scene, view, making, self._tally.tasks, predicted)
+                plain = drawn.plain_outlines(annotation, self._config, to_name)
+                self._waiting += self._plain(plain, source) if plain is not None else self._careful(source, annotation)
+        if len(self._waiting) >= _BATCH_OUTLINES:
+            self._store_waiting()
+
+    def finish(self) -> list[_Scene]:
+        """Scenes with what was drawn on them, in the order in which they came."""
+        self._store_waiting()
+        return list(self._scenes.values())
+
+    @staticmethod
+    def _plain(outlines: Iterable[drawn.Outline], source: _Source) -> Iterator[_Outline]:
+        predicted, versions_of = source.predicted, source.predicted.versions
+        for points, label, score, result in outlines:
+            identity = result["id"]
+            edited = predicted.was_edited(result)
+            version = versions_of.get(identity)
+            yield _Outline(
+                points, None, label, score, (identity,), edited, version,
+                source.scene, source.view, source.making, result, source,
+            )  # fmt: skip
+
+    def _careful(self, source: _Source, annotation: Mapping[str, Any]) -> list[_Outline]:
+        """An annotation's objects, each looked at on its own, and what was wrong with them."""
+        options, tally = self._options, self._tally
+        try:
+            read = labelstudio.read_annotation(annotation, source.tile, config=self._config, to_name=source.to_name)
+        except BadRequest as error:
+            tally.refused[drawn.without_task(str(error), source.task)] += 1
+            return []
+        mended = self._count(read.dropped, source, annotation)
+        regions = read.regions
+        if options.on_invalid == "drop" and mended:
+            tally.dropped["invalid outline"] += len(mended)
+            regions = [region for region in regions if region.id not in mended]
+        tally.regions += len(regions)
+        results = {
+            result["id"]: result
+            for result in annotation.get("result") or []
+            if isinstance(result, Mapping) and isinstance(result.get("id"), str) and result.get("type") != "labels"
+        }
+        outlines = []
+        for parts in drawn.objects_of(regions):
+            scores = [part.score for part in parts if part.score is not None]
+            ids = tuple(dict.fromkeys(part.id for part in parts))
+            edits = [source.predicted.was_edited(results[one]) for one in ids if one in results]
+            outlines.append(
+                _Outline(
+                    points_pct=None,
+                    shape=shapely.union_all([part.polygon for part in parts]),
+                    label=parts[0].label,
+                    score=sum(scores) / len(scores) if scores else None,
+                    regions=ids,
+                    edited=_any_edit(edits),
+                    version=next((v for v in map(source.predicted.versions.get, ids) if v is not None), None),
+                    scene=source.scene,
+                    view=source.view,
+                    annotation=source.making,
+                    result=None,
+                    source=source,
+                )
+            )
+        return outlines
+
+    def _count(self, dropped: Mapping[str, int], source: _Source, annotation: Mapping[str, Any]) -> set[str]:
+        """Count what was dropped and mended; the ids of the regions that were mended. Raises ExportError."""
+        options, tally, config = self._options, self._tally, self._config
+        where = f"task {source.task.get('id')}, annotation {source.annotation.get('id')}"
+        mended: set[str] = set()
+        for reason, count in dropped.items():
+            damaged = is_damage(reason)
+            if damaged and options.on_invalid == "error":
+                way_out = "repair" if is_repair(reason) else "drop"
+                raise ExportError(f"{where}: {reason}; correct it in Label Studio, or use --on-invalid {way_out}")
+            ids = drawn.mended_ids(annotation, source.tile, config, source.to_name, reason) if damaged else set()
+            if is_repair(reason):
+                mended |= ids
+                tally.repaired += count if options.on_invalid == "repair" else 0
+            else:
+                tally.dropped[reason] += count
+            if damaged:
+                region = ", ".join(sorted(ids))
+                place = _Place(reason, source.task.get("id"), region, source.tile, self._shown(annotation, source, ids))
+                tally.find(f"{where}, region {region or '?'}: {reason}", place)
+                if tally.sketch is not None and is_repair(reason) and options.on_invalid == "repair":
+                    for one in sorted(ids):
+                        tally.sketch.add_repair(self._repair(annotation, source, one, reason))
+        return mended
+
+    def _shown(self, annotation: Mapping[str, Any], source: _Source, ids: set[str]) -> BaseGeometry | None:
+        """What can be shown of regions, in pixels of the tile."""
+        kept = [result for result in annotation.get("result") or [] if isinstance(result, Mapping)]
+        kept = [result for result in kept if result.get("id") in ids]
+        read = labelstudio.read_annotation({"result": kept}, source.tile, config=self._config, to_name=source.to_name)
+        shape = shapely.union_all([region.polygon for region in read.regions])
+        return None if shape.is_empty else shape
+
+    def _repair(self, annotation: Mapping[str, Any], source: _Source, region: str, reason: str) -> Repair:
+        """A region before and after."""
+        before = drawn.points_of(annotation, region, source.tile)
+        after = self._shown(annotation, source, {region}) or Polygon()
+        return Repair(source.task.get("id"), region, reason, before, after, area_change(before, after))
+
+    def _store_waiting(self) -> None:
+        """Bring what waits into its scene's frame, all at once, and lay it down."""
+        waiting, self._waiting = self._waiting, []
+        outlines: list[_Outline] = []
+        shapes: list[BaseGeometry | None] = []
+        for outline, shape in zip(waiting, _polygons_px(waiting), strict=True):
+            if shape is not None:
+                # Counted here for what was plain, and before for what was read with care.
+                self._tally.regions += outline.points_pct is not None
+                outlines.append(outline)
+                shapes.append(shape)
+            else:
+                careful = self._careful(outline.source, {**outline.source.annotation, "result": [outline.result]})
+                outlines += careful
+                shapes += [one.shape for one in careful]
+        if not outlines:
+            return
+        by_scene: dict[int, list[int]] = {}
+        for position, outline in enumerate(outlines):
+            by_scene.setdefault(id(outline.scene), []).append(position)
+        in_px = np.array(shapes, dtype=object)
+        for positions in by_scene.values():
+            self._lay_down([outlines[i] for i in positions], in_px[positions])
+
+    def _lay_down(self, outlines: list[_Outline], shapes_px: NDArray[np.object_]) -> None:
+        """Outlines of one scene."""
+        scene, store = outlines[0].scene, self._store
+        view = np.array([outline.view for outline in outlines])
+        used, which = np.unique(view, return_inverse=True)
+        views = [scene.views[number] for number in used.tolist()]
+        matrix, offset = np.array([view.matrix for view in views]), np.array([view.offset for view in views])
+        points, owner = shapely.get_coordinates(shapes_px, return_index=True)
+        at = which[owner]
+        points = np.einsum("ni,nij->nj", points, matrix[at]) + offset[at]
+        shapes = shapely.set_coordinates(shapes_px.copy(), points)
+
+        rows = np.zeros(len(outlines), _OUTLINE)
+        first = len(store.shapes)
+        rows["number"] = np.arange(first, first + len(outlines))
+        rows["box"] = shapely.bounds(shapes)
+        rows["area_px"] = shapely.area(shapes)
+        rows["score"] = [np.nan if outline.score is None else outline.score for outline in outlines]
+        rows["label"] = [store.number_of(outline.label) for outline in outlines]
+        rows["version"] = [-1 if o.version is None else store.number_of(o.version) for o in outlines]
+        rows["annotation"] = [outline.annotation for outline in outlines]
+        rows["task"] = [outline.source.task_number for outline in outlines]
+        rows["view"] = view
+        rows["edited"] = [-1 if outline.edited is None else outline.edited for outline in outlines]
+        rows["is_whole"], rows["is_sliver"] = seen(scene.views, view, shapes)
+        scene.outlines.append(rows)
+        store.shapes.append(shapely.to_wkb(shapes))
+        store.regions.append(_joined_texts(outline.regions) for outline in outlines)
 
 
-def _tiles(task: Mapping[str, Any], config: LabelConfig | None) -> Iterator[tuple[str | None, Tile]]:
-    """The tile of each of the task's images, with the image's name in the label config. Raises BadTile, BadRequest."""
-    data = task.get("data")
-    if not isinstance(data, Mapping):
-        raise BadRequest(f"task {task.get('id')} has no data object")
-    if config is None:
-        addresses: dict[str | None, list[str]] = {None: [text for text in data.values() if isinstance(text, str)]}
-    else:
-        addresses = {tag.to_name: [labelstudio.image_of(task, tag)] for tag in config.tags}
-    for to_name, texts in addresses.items():
-        tiles = (Tile.from_task(data, image_url=text) for text in texts or [""])
-        tile = next((tile for tile in tiles if tile is not None), None)
-        tile = tile or Tile(size=(1, 1))
-        tile.ground_size_m()  # raises for a photo, and where the CRS does not reach the tile
-        yield to_name, tile
+def _polygons_px(outlines: Sequence[_Outline]) -> list[BaseGeometry | None]:
+    """Each outline as a polygon in pixels of its tile; None for a plain one that has to be looked at with care."""
+    shapes: list[BaseGeometry | None] = [outline.shape for outline in outlines]
+    plain = [i for i, outline in enumerate(outlines) if outline.points_pct is not None]
+    if not plain:
+        return shapes
+    rings: list[list[Any]] = [outlines[i].points_pct or [] for i in plain]
+    lengths = np.fromiter(map(len, rings), np.int64, len(rings))
+    try:
+        if set(map(len, chain.from_iterable(rings))) != {2}:
+            raise ValueError("points must be pairs")
+        flat = chain.from_iterable(chain.from_iterable(rings))
+        points = np.fromiter(flat, np.float64, 2 * int(lengths.sum())).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        if len(outlines) == 1:
+            return [None]
+        # One strange outline does not make the others strange.
+        middle = len(outlines) // 2
+        return _polygons_px(outlines[:middle]) + _polygons_px(outlines[middle:])
+    owner = np.repeat(np.arange(len(rings)), lengths)
+    sizes = np.array([outlines[i].source.tile.size for i in plain], np.float64)
+    is_odd = np.zeros(len(rings), bool)
+    is_odd[owner[~((points >= 0) & (points <= 100)).all(axis=1)]] = True
+    # Label Studio's rings are open; a point twice in a row is for `vectorize.unbridge` to judge.
+    is_odd[owner[1:][(owner[1:] == owner[:-1]) & (points[1:] == points[:-1]).all(axis=1)]] = True
+    starts = np.cumsum(lengths) - lengths
+    is_odd |= (points[starts] == points[starts + lengths - 1]).all(axis=1)
+    polygons: Any = shapely.polygons(
+        shapely.linearrings(np.where(np.isfinite(points), points, 0.0) * (sizes / 100.0)[owner], indices=owner)
+    )
+    is_odd |= ~shapely.is_valid(polygons)
+    for position, polygon, odd in zip(plain, polygons, is_odd.tolist(), strict=True):
+        shapes[position] = None if odd else polygon
+    return shapes
 
 
-def _without_task(sentence: str, task: Mapping[str, Any]) -> str:
-    """The sentence without the task's number, so that equal reasons count together."""
-    return sentence.replace(f"task {task.get('id')}: ", "").replace(f"task {task.get('id')} ", "the task ")
+def _why_chosen(annotation: Mapping[str, Any], options: ExportOptions) -> str:
+    """In words, for the report."""
+    if options.annotations_from == "all":
+        return "every annotation that was submitted"
+    is_truth = annotation.get("ground_truth") and options.annotations_from == "ground_truth"
+    return "the newest ground truth" if is_truth else "the newest annotation"
 
 
-def _read_annotation(
-    annotation: Mapping[str, Any],
-    task: Mapping[str, Any],
-    to_name: str | None,
-    scene: _Scene,
-    view: _View,
+def _any_edit(edits: Sequence[bool | None]) -> bool | None:
+    """Whether something was edited, of several; None where that is not known of all that were not."""
+    if any(edits):
+        return True
+    return None if None in edits or not edits else False
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    scenes: Sequence[_Scene],
+    store: _Store,
+    out: Path,
     options: ExportOptions,
     config: LabelConfig | None,
     tally: _Tally,
-) -> None:
-    """Add an annotation's objects to the scene."""
-    try:
-        read = labelstudio.read_annotation(annotation, view.tile, config=config, to_name=to_name)
-    except BadRequest as error:
-        tally.refused[_without_task(str(error), task)] += 1
-        return
-    where = f"task {task.get('id')}, annotation {annotation.get('id')}"
-    mended: set[str] = set()
-    for reason, count in read.dropped.items():
-        if _is_repair(reason):
-            mended |= _mended(annotation, view.tile, config, to_name, reason)
-            if options.on_invalid == "error":
-                raise ExportError(f"{where}: {reason}; correct it in Label Studio, or use --on-invalid repair")
-            tally.find(f"{where}, region {', '.join(sorted(mended)) or '?'}: {reason}")
-            if options.on_invalid == "repair":
-                tally.repaired += count
-        else:
-            if options.on_invalid == "error" and _is_damage(reason):
-                raise ExportError(f"{where}: {reason}; correct it in Label Studio, or use --on-invalid drop")
-            tally.dropped[reason] += count
-            if _is_damage(reason):
-                tally.find(f"{where}: {reason}")
-    regions = read.regions
-    if options.on_invalid == "drop" and mended:
-        tally.dropped["invalid outline"] += len(mended)
-        regions = [region for region in regions if region.id not in mended]
-    tally.regions += len(regions)
-    for parts in _objects(regions):
-        scores = [part.score for part in parts if part.score is not None]
-        shape = scene.place(shapely.union_all([part.polygon for part in parts]), view.tile)
-        scene.pieces.append(
-            _Piece(
-                shape=shape,
-                label=parts[0].label,
-                score=sum(scores) / len(scores) if scores else None,
-                view=view,
-                task=task.get("id"),
-                annotation=annotation.get("id"),
-                regions=tuple(dict.fromkeys(part.id for part in parts)),
-                is_whole=bool(view.inside.contains(shape)),
-                is_sliver=not view.deep_inside.intersects(shape),
-            )
+    lineage: Mapping[str, Any],
+    edits: _Edits,
+) -> int:
+    """Write the features of all scenes. Returns how many there are."""
+    # What came over the wire may hold half characters, which no file can.
+    texts = [text.encode(errors="replace").decode() for text in store.texts]
+    remarks = [_remark(place) for place in tally.places]
+    by_scene = (_features_of(scene, store, texts, options, tally, remarks, edits) for scene in scenes)
+    if not options.format:
+        batches = (batch for features in by_scene for batch, _ in features)
+        return write(batches, out, ids_are_numbers=store.ids_are_numbers, lineage=lineage, remarks=remarks)
+    names = FileNames()
+    labels = _all_labels(scenes, texts, config, edits.read)
+    listed = (
+        SceneFeatures(
+            scene.name,
+            [Picture(view, task, address, names.of(address, task)) for view, (address, task) in scene.pictures()],
+            features,
         )
-
-
-_NOT_DAMAGE = frozenset(
-    (
-        labelstudio.CANCELLED,
-        labelstudio.PROMPT,
-        labelstudio.LEAK,
-        labelstudio.OTHER_IMAGE,
-        labelstudio.NOT_AN_AREA,
-        labelstudio.MORE_LABELS,
+        for scene, features in zip(scenes, by_scene, strict=True)
     )
-)
-_LEFT_OUT = frozenset((labelstudio.ROTATED_VIEW, labelstudio.UNREADABLE, labelstudio.OUTSIDE, labelstudio.EMPTY))
+    return write_dataset(options.format, listed, out, labels=labels, made_at=str(lineage["made_at"]))
 
 
-def _is_damage(reason: str) -> bool:
-    return reason not in _NOT_DAMAGE
+def _all_labels(scenes: Sequence[_Scene], texts: Sequence[str], config: LabelConfig | None, edits: Edits) -> list[str]:
+    """The labels of the label config in its order, then others that were used, by name.
 
-
-def _is_repair(reason: str) -> bool:
-    """Whether the outline is there, but not as it was drawn."""
-    return _is_damage(reason) and reason not in _LEFT_OUT and not reason.endswith("left out")
-
-
-def _mended(
-    annotation: Mapping[str, Any], tile: Tile, config: LabelConfig | None, to_name: str | None, reason: str
-) -> set[str]:
-    """Ids of the regions that were repaired for that reason."""
-    ids: set[str] = set()
-    for result in annotation.get("result") or []:
-        if isinstance(result, Mapping) and isinstance(result.get("id"), str):
-            alone = labelstudio.read_annotation({"result": [result]}, tile, config=config, to_name=to_name)
-            if reason in alone.dropped:
-                ids.add(result["id"])
-    return ids
-
-
-def _objects(regions: Sequence[Region]) -> list[list[Region]]:
-    """Regions that are parts of one object together, all others alone."""
-    objects: dict[tuple[Any, ...], list[Region]] = {}
-    for number, region in enumerate(regions):
-        key = (region.object_id, region.label) if region.object_id else (number,)
-        objects.setdefault(key, []).append(region)
-    return list(objects.values())
-
-
-# Seams ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Object:
-    """A whole object of a scene and the outlines it was made of."""
-
-    shape: BaseGeometry
-    pieces: list[_Piece]
-
-
-def _whole_objects(scene: _Scene, options: ExportOptions, tally: _Tally) -> list[_Object]:
-    """Objects of the scene, each once."""
-    pieces = scene.pieces
-    if not options.merge_seams:
-        return [_Object(piece.shape, [piece]) for piece in pieces]
-    links = _links(pieces)
-    objects: list[_Object] = []
-    for members, inner in _components(range(len(pieces)), links):
-        if inner:
-            objects += _joined(pieces, members, inner, options, tally)
-        else:
-            objects.append(_Object(pieces[members[0]].shape, [pieces[members[0]]]))
-    return objects
-
-
-Links = dict[tuple[int, int], BaseGeometry | None]
-"""Pairs of pieces that show one object; with the border where they meet, if their tiles do not overlap."""
-
-
-def _links(pieces: Sequence[_Piece]) -> Links:
-    """Pairs of pieces on different tiles, of one label, that show the same object."""
-    links: Links = {}
-    shapes = np.array([piece.shape for piece in pieces], dtype=object)
-    if len(shapes) < 2:
-        return links
-    strips: dict[tuple[int, int], BaseGeometry] = {}
-    pairs = STRtree(shapes).query(shapes, predicate="dwithin", distance=2 * _BORDER_PX).T
-    for i, j in pairs[pairs[:, 0] < pairs[:, 1]].tolist():
-        a, b = pieces[i], pieces[j]
-        if a.view is b.view or a.label != b.label or (a.task == b.task and a.task is not None):
-            continue
-        key = (id(a.view), id(b.view))
-        if key not in strips:
-            strips[key] = a.view.outline.intersection(b.view.outline)
-        strip = strips[key]
-        if strip.area > strip.length * _BORDER_PX:
-            if _is_shared(a, b, strip):
-                links[i, j] = None
-        elif strip.length > 0 and not a.is_whole and not b.is_whole and _is_continued(a.shape, b.shape, strip):
-            links[i, j] = strip
-    return links
-
-
-def _is_shared(a: _Piece, b: _Piece, strip: BaseGeometry) -> bool:
-    """Whether two pieces show one object where their tiles overlap."""
-    if a.is_sliver != b.is_sliver:
-        return True
-    common = a.shape.intersection(b.shape)
-    if a.is_whole and b.is_whole:
-        return bool(common.area >= _MIN_DUPLICATE * min(a.shape.area, b.shape.area))
-    smaller = min(a.shape.intersection(strip).area, b.shape.intersection(strip).area)
-    # Two houses that share a wall at the edge of the strip may overlap there, by the width of a line.
-    is_thin = common.buffer(-_BORDER_PX / 2).is_empty
-    is_much = common.area >= _MIN_SHARED * min(a.shape.area, b.shape.area)
-    return bool(common.area > 0 and common.area >= _MIN_SHARED * smaller and (is_much or not is_thin))
-
-
-def _is_continued(a: BaseGeometry, b: BaseGeometry, border: BaseGeometry) -> bool:
-    """Whether two outlines reach the common border of their tiles at the same place."""
-    contacts = [shape.buffer(_BORDER_PX, join_style="mitre").intersection(border) for shape in (a, b)]
-    # The buffer has added its width at both ends.
-    shared = contacts[0].intersection(contacts[1]).length - 2 * _BORDER_PX
-    shorter = min(contact.length for contact in contacts) - 2 * _BORDER_PX
-    return bool(shared > 0 and shared >= _MIN_CONTACT * shorter)
-
-
-def _components(members: Iterable[int], links: Links) -> list[tuple[list[int], Links]]:
-    """Members that links tie together, and the links between them, in order of each group's first."""
-    root = {i: i for i in members}
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
-        return i
-
-    for i, j in links:
-        a, b = find(i), find(j)
-        root[max(a, b)] = min(a, b)
-    groups: dict[int, tuple[list[int], Links]] = {}
-    for i in root:
-        groups.setdefault(find(i), ([], {}))[0].append(i)
-    for (i, j), border in links.items():
-        groups[find(i)][1][i, j] = border
-    return list(groups.values())
-
-
-def _joined(
-    pieces: Sequence[_Piece], members: list[int], links: Links, options: ExportOptions, tally: _Tally
-) -> list[_Object]:
-    """The objects that linked pieces show.
-
-    Wholes count once, parts that a whole covers are not needed, what remains and is linked joins.
+    So that their numbers stay when annotations come and go.
     """
-    stands_for = _owners(pieces, members, links)
-    tally.duplicates += sum(i != owner for i, owner in stands_for.items())
-    remaining = sorted(set(stands_for.values()))
-    joins = {(i, j): border for (i, j), border in links.items() if stands_for[i] == i and stands_for[j] == j}
-    objects = []
-    for group, inner in _components(remaining, joins):
-        shapes = {i: pieces[i].shape for i in group}
-        for (i, j), border in inner.items():
-            if border is not None:
-                shapes[i], shapes[j] = (_snapped(shapes[k], border) for k in (i, j))
-        shape = shapes[group[0]]
-        if len(group) > 1:
-            shape = _union(list(shapes.values()), options.simplify_px)
-            tally.merged += 1
-        objects.append(_Object(shape, [pieces[i] for i in members if stands_for[i] in shapes]))
-    return objects
+    known = [label.value for tag in config.tags for label in tag.labels] if config is not None else []
+    numbers = {number for scene in scenes for rows in scene.outlines for number in np.unique(rows["label"]).tolist()}
+    drawn_on_desktop = {edit.label for edit in (*edits.changed.values(), *edits.added.values())}
+    return list(dict.fromkeys([*known, *sorted({*(texts[number] for number in numbers), *drawn_on_desktop})]))
 
 
-def _owners(pieces: Sequence[_Piece], members: list[int], links: Links) -> dict[int, int]:
-    """For each piece the one whose outline counts: itself, or a whole that shows the same."""
-    owners = {i: i for i in members}
-    wholes = [i for i in members if pieces[i].is_whole]
-    between: Links = {(i, j): None for i, j in links if pieces[i].is_whole and pieces[j].is_whole}
-    for same, _ in _components(wholes, between):
-        owners.update(dict.fromkeys(same, max(same, key=lambda i: _claim(pieces[i]))))
-    kept = sorted({owners[i] for i in wholes})
-    if kept:
-        ground = shapely.union_all([pieces[i].shape for i in kept])
-        for i in set(members).difference(wholes):
-            part = pieces[i].shape
-            if part.intersection(ground).area >= _MIN_COVERED * part.area:
-                shared = [pieces[k].shape.intersection(part).area for k in kept]
-                owners[i] = kept[int(np.argmax(shared))]
-    for i in members:
-        near = [pair[pair[0] == i] for pair, border in links.items() if i in pair and border is None]
-        near = [k for k in near if not pieces[k].is_sliver]
-        if pieces[i].is_sliver and near:
-            reach = pieces[i].shape.buffer(2 * _BORDER_PX)
-            shared = [pieces[k].shape.intersection(reach).area for k in near]
-            owners[i] = owners[near[int(np.argmax(shared))]]
-    return owners
-
-
-def _claim(piece: _Piece) -> tuple[bool, float]:
-    """How good a tile's claim to an object is: its core holds it, else it lies far from the border."""
-    point = piece.shape.representative_point()
-    core = piece.view.core
-    return core is not None and bool(core.covers(point)), float(piece.view.outline.exterior.distance(point))
-
-
-def _snapped(shape: BaseGeometry, border: BaseGeometry) -> BaseGeometry:
-    """The shape with the points that all but touch the border moved onto it."""
-    ends = shapely.get_coordinates(border)
-    start, length = ends[0], float(np.hypot(*(ends[-1] - ends[0])))
-    along = (ends[-1] - start) / length
-    across = np.array([-along[1], along[0]])
-
-    def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        off, at = (points - start) @ across, (points - start) @ along
-        near = (np.abs(off) <= _BORDER_PX) & (at >= -_BORDER_PX) & (at <= length + _BORDER_PX)
-        return points - np.outer(np.where(near, off, 0.0), across)
-
-    snapped = shapely.union_all(vectorize.repair(shapely.transform(shape, moved)))
-    return shape if snapped.is_empty else snapped
-
-
-def _union(shapes: list[BaseGeometry], tolerance_px: float) -> BaseGeometry:
-    """One outline; without the cracks that two hands leave along a seam."""
-    joined = shapely.union_all(shapes)
-    filled = [
-        Polygon(part.exterior, [ring for ring in part.interiors if Polygon(ring).area >= 4 * _BORDER_PX**2])
-        for part in vectorize.repair(joined)
-    ]
-    simple = shapely.simplify(shapely.union_all(filled), tolerance_px, preserve_topology=True)
-    return simple if simple.is_valid and not simple.is_empty else joined
-
-
-# Earth ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Feature:
-    """A row of the file."""
-
-    geometry: Polygon | MultiPolygon
-    properties: dict[str, Any]
-
-
-def _checked_lineage(scene: _Scene, options: ExportOptions) -> Lineage:
-    """How the scene's CRS is left. Raises ExportError where that is less exact than a pixel."""
-    crs = str(scene.anchor.crs)
-    used = to_lonlat(crs, _area_of(scene))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said in `is_best`
-        group = TransformerGroup(crs, "EPSG:4326", always_xy=True, allow_ballpark=False)
-    accuracy = used.accuracy if used.accuracy is not None and used.accuracy >= 0 else None
-    pixel_m = scene.anchor.gsd_m or scene.anchor.ground_size_m()
-    if accuracy is not None and accuracy > pixel_m and not options.allow_ballpark:
-        better = "" if group.best_available else "; a better one needs a PROJ grid (projsync --all)"
-        raise ExportError(
-            f"{scene.name or 'the scene'}: the way from {crs[:60]} to EPSG:4326 is accurate to {accuracy:g} m,"
-            f" worse than its pixel of {pixel_m:.3g} m ({used.description}){better}; accept that with --allow-ballpark"
-        )
-    return Lineage(crs, used.description, accuracy, group.best_available, used.definition)
-
-
-def _area_of(scene: _Scene) -> tuple[float, float, float, float] | None:
-    """West, south, east, north of the scene in whole degrees, outwards; None where that says nothing."""
-    left, top, right, bottom = np.array(scene.bounds).T
-    box = shapely.box(left.min(), top.min(), right.max(), bottom.max()).exterior
-    points = scene.anchor.px_to_crs(shapely.get_coordinates(box))
-    lon, lat = to_lonlat(str(scene.anchor.crs), None).transform(points[:, 0], points[:, 1])
-    if not np.isfinite([lon, lat]).all() or np.ptp(lon) >= 180:
-        return None
-    west, south, east, north = math.floor(min(lon)), math.floor(min(lat)), math.ceil(max(lon)), math.ceil(max(lat))
-    return west, max(south, -90), east, min(north, 90)
-
-
-def _on_earth(scene: _Scene, objects: Iterable[_Object], tally: _Tally) -> Iterator[_Feature]:
-    """The scene's objects as features."""
-    area = _area_of(scene)
-    for item in objects:
-        geometry = lonlat_geometry(item.shape, scene.anchor, area)
-        if geometry is None:
-            tally.dropped["smaller than the coordinates can tell"] += 1
+def _features_of(
+    scene: _Scene,
+    store: _Store,
+    texts: Sequence[str],
+    options: ExportOptions,
+    tally: _Tally,
+    remarks: list[Remark],
+    edits: _Edits,
+) -> Iterator[tuple[Batch, NDArray[np.object_]]]:
+    """The features of a scene with their shapes in its frame; after the last one its conflicts are in the tally."""
+    rows = np.concatenate([*scene.outlines, np.empty(0, _OUTLINE)])
+    scene.outlines.clear()
+    watches = bool(edits.read) or len(np.unique(rows["label"])) > 1
+    features = _Features(scene, rows, store, texts, edits, watch_conflicts=watches)
+    batches = (features.batch(objects, tally) for objects in _whole_objects(scene, rows, store, options, tally))
+    for batch, shapes_px in chain(batches, (features.drawn_on_desktop() for _ in range(1))):
+        if not len(batch):
             continue
-        first = item.pieces[0]
-        scored = [(piece.score, piece.shape.area) for piece in item.pieces if piece.score is not None]
-        regions = [f"{piece.task}/{region}" for piece in item.pieces for region in piece.regions]
-        yield _Feature(
-            geometry,
-            {
-                "id": _stable_id(scene.name, first.label, regions),
-                "label": first.label,
-                "score": sum(s * a for s, a in scored) / sum(a for _, a in scored) if scored else None,
-                "area_m2": round(abs(_GEOD.geometry_area_perimeter(geometry)[0]), 3),
-                "scene": scene.name,
-                "tasks": _distinct(piece.task for piece in item.pieces),
-                "annotations": _distinct(piece.annotation for piece in item.pieces),
-            },
-        )
+        yield batch, shapes_px
+        if tally.sketch is not None:
+            tally.sketch.add_features(list(batch.geometry), batch.columns["label"])
+        tally.labels.update(batch.columns["label"])
+        for label, area_m2 in zip(batch.columns["label"], batch.columns["area_m2"], strict=True):
+            tally.label_area_m2[label] += area_m2
+    features.find_conflicts(tally, remarks)
+
+
+def _whole_objects(
+    scene: _Scene, rows: NDArray[Any], store: _Store, options: ExportOptions, tally: _Tally
+) -> Iterator[list[WholeObject]]:
+    """Objects of the scene, each once, in batches."""
+
+    def fetch(numbers: NDArray[np.int64]) -> NDArray[np.object_]:
+        return store.fetch(rows["number"][numbers])
+
+    if not options.merge_seams:
+        for start in range(0, len(rows), 4096):
+            numbers = np.arange(start, min(start + 4096, len(rows)))
+            yield [WholeObject(shape, (i,)) for i, shape in zip(numbers.tolist(), fetch(numbers), strict=True)]
+        return
+    kind = rows["label"].astype(np.int64)
+    if options.annotations_from == "all":
+        # Two people's outlines of one thing are two features; each one's own are joined.
+        annotators: dict[int | None, int] = {None: 0}
+        by = [
+            annotators.setdefault(store.making(number).annotator, len(annotators))
+            for number in range(len(store.makings))
+        ]
+        kind = kind * len(annotators) + np.array(by, np.int64)[rows["annotation"]]
+    pieces = Pieces(
+        boxes=rows["box"],
+        label=kind,
+        task=rows["task"].astype(np.int64),
+        view=rows["view"].astype(np.int64),
+        is_whole=rows["is_whole"],
+        is_sliver=rows["is_sliver"],
+        views=scene.views,
+        fetch=fetch,
+    )
+    for objects in whole_objects(pieces, simplify_px=options.simplify_px):
+        tally.merged += sum(item.outlines > 1 for item in objects)
+        tally.duplicates += sum(len(item.pieces) - item.outlines for item in objects)
+        yield objects
+
+
+class _Features:
+    """Objects of one scene → batches of features."""
+
+    def __init__(
+        self,
+        scene: _Scene,
+        rows: NDArray[Any],
+        store: _Store,
+        texts: Sequence[str],
+        edits: _Edits,
+        *,
+        watch_conflicts: bool,
+    ) -> None:
+        self._scene = scene
+        self._rows = rows
+        self._store = store
+        self._texts = texts
+        self._area = scene.area()
+        self._edits = edits
+        self._watches = watch_conflicts
+        self._labels: dict[str, int] = {}
+        self._written: list[NDArray[Any]] = []
+        self._first = len(store.joined)
+
+    def batch(self, objects: Sequence[WholeObject], tally: _Tally) -> tuple[Batch, NDArray[np.object_]]:
+        """Features of objects, and their shapes in the scene's frame.
+
+        Those of which nothing is left on the grid of coordinates are counted.
+        """
+        shapes = np.array([item.shape for item in objects], dtype=object)
+        geometry = lonlat_geometries(shapes, self._scene.anchor, self._area)
+        is_left = np.array([shape is not None for shape in geometry], bool)
+        if not is_left.all():
+            tally.dropped["smaller than the coordinates can tell"] += int((~is_left).sum())
+            objects = [item for item, left in zip(objects, is_left.tolist(), strict=True) if left]
+            shapes, geometry = shapes[is_left], geometry[is_left]
+        columns = self._columns(objects)
+        if self._edits.read:
+            kept = self._edits.apply(self._scene, columns, geometry, shapes)
+            columns = {name: [values[i] for i in kept] for name, values in columns.items() if name != "area_m2"}
+            geometry, shapes = geometry[kept], shapes[kept]
+        columns["area_m2"] = areas_m2(geometry).tolist() if len(geometry) else []
+        self._keep(shapes, columns)
+        return Batch(geometry, columns), shapes
+
+    def drawn_on_desktop(self) -> tuple[Batch, NDArray[np.object_]]:
+        """Features that a desktop GIS added to the scene."""
+        added = self._edits.added_to(self._scene)
+        geometry = np.array([edit.geometry for _, edit in added], dtype=object)
+        shapes = np.array([self._scene.from_lonlat(edit.geometry) for _, edit in added], dtype=object)
+        unknown: dict[str, list[Any]] = {
+            name: [[] if kind == "ids" else None for _ in added] for name, kind in FIELDS.items()
+        }
+        columns = unknown | {
+            "id": [identity for identity, _ in added],
+            "label": [edit.label for _, edit in added],
+            "area_m2": areas_m2(geometry).tolist() if added else [],
+            "scene": [self._scene.name] * len(added),
+            "edited": [True] * len(added),
+        }
+        self._keep(shapes, columns)
+        return Batch(geometry, columns), shapes
+
+    def _columns(self, objects: Sequence[WholeObject]) -> dict[str, list[Any]]:
+        """All attributes but the area, in the order of ``formats.FIELDS``."""
+        scene, store = self._scene, self._store
+        counts = [len(item.pieces) for item in objects]
+        rows = self._rows[np.fromiter(chain.from_iterable(item.pieces for item in objects), np.int64, sum(counts))]
+        region_lists = [text.decode(errors="replace").split("\0") for text in store.regions.read(rows["number"])]
+        used, which = np.unique(rows["annotation"], return_inverse=True)
+        makings = [Making(*values) for values in _json_lists(store.makings.read(used.astype(np.int64)))]
+        # Most features were made of one annotation.
+        alone = [self._made([making]) for making in makings]
+        labels, versions_of = rows["label"].tolist(), rows["version"].tolist()
+        scores, areas, edited = rows["score"].tolist(), rows["area_px"].tolist(), rows["edited"].tolist()
+        at = which.tolist()
+        columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
+        add = {name: values.append for name, values in columns.items()}
+        start = 0
+        for count in counts:
+            first, stop = start, start + count
+            start = stop
+            numbers = at[first:stop]
+            label = self._texts[labels[first]]
+            regions = [
+                f"{makings[number].task}/{region}"
+                for number, listed in zip(numbers, region_lists[first:stop], strict=True)
+                for region in listed
+            ]
+            add["id"](_stable_id(scene.name, label, regions))
+            add["label"](label)
+            add["scene"](scene.name)
+            if count == 1:
+                score, version, edit = scores[first], versions_of[first], edited[first]
+                add["score"](score if score == score else None)
+                add["model_version"](self._texts[version] if version >= 0 else None)
+                add["edited"](None if edit < 0 else edit > 0)
+                made = alone[numbers[0]]
+            else:
+                pairs = zip(scores[first:stop], areas[first:stop], strict=True)
+                scored = [(score, area_px) for score, area_px in pairs if score == score]
+                weight = sum(area_px for _, area_px in scored)
+                add["score"](sum(score * area_px for score, area_px in scored) / weight if scored else None)
+                versions_here = {self._texts[number] for number in versions_of[first:stop] if number >= 0}
+                add["model_version"](", ".join(sorted(versions_here)) or None)
+                add["edited"](_any_edit([None if edit < 0 else edit > 0 for edit in edited[first:stop]]))
+                made = self._made([makings[number] for number in dict.fromkeys(numbers)])
+            for name, value in made.items():
+                add[name](value)
+        return columns
+
+    def _made(self, makings: Sequence[Making]) -> dict[str, Any]:
+        """What several annotations together say of a feature."""
+        leads = [making.lead_time_s for making in makings if making.lead_time_s is not None]
+        return {
+            "annotators": _distinct(making.annotator for making in makings),
+            "tasks": self._ids(making.task for making in makings),
+            "annotations": self._ids(making.annotation for making in makings),
+            "lead_time_s": sum(leads) if leads else None,
+            "created": min((making.created for making in makings if making.created), default=None),
+            "updated": max((making.updated for making in makings if making.updated), default=None),
+        }
+
+    def _ids(self, values: Iterable[Any]) -> list[Any]:
+        found = _distinct(values)
+        return found if self._store.ids_are_numbers else [str(value) for value in found]
+
+    def _keep(self, shapes: NDArray[np.object_], columns: Mapping[str, Any]) -> None:
+        """Remember what was written, since it may conflict with what comes."""
+        if not self._watches or not len(shapes):
+            return
+        kept = np.zeros(len(shapes), np.dtype([("box", np.float64, 4), ("label", np.int32)]))
+        kept["box"] = shapely.bounds(shapes)
+        kept["label"] = [self._labels.setdefault(label, len(self._labels)) for label in columns["label"]]
+        self._written.append(kept)
+        about = zip(columns["id"], columns["tasks"], columns["label"], shapely.to_wkb(shapes), strict=True)
+        self._store.joined.append(json.dumps(listed).encode() + b"\0" + wkb for *listed, wkb in about)
+
+    def find_conflicts(self, tally: _Tally, remarks: list[Remark]) -> None:
+        """Features of different labels on the same ground, block by block."""
+        if not self._written:
+            return
+        written = np.concatenate(self._written)
+        for pairs in near_pairs(written["box"], 0.0):
+            label = written["label"][pairs]
+            pairs = pairs[label[:, 0] != label[:, 1]]
+            if not len(pairs):
+                continue
+            numbers, where = np.unique(pairs, return_inverse=True)
+            kept = [blob.split(b"\0", 1) for blob in self._store.joined.read(numbers + self._first)]
+            shapes = shapely.from_wkb(np.array([wkb for _, wkb in kept], dtype=object))
+            a, b = shapes[where.reshape(pairs.shape)].T
+            smaller = np.minimum(shapely.area(a), shapely.area(b))
+            touching = np.flatnonzero(shapely.intersects(a, b))
+            share = np.zeros(len(pairs))
+            common = shapely.intersection(a[touching], b[touching])
+            share[touching] = shapely.area(common) / smaller[touching]
+            for at, place in zip(touching.tolist(), common, strict=True):
+                if share[at] < _MIN_CONFLICT:
+                    continue
+                tally.conflict_count += 1
+                if len(tally.conflicts) >= _MAX_CONFLICTS:
+                    continue
+                about = [json.loads(kept[k][0]) for k in where.reshape(pairs.shape)[at].tolist()]
+                lonlat = self._scene.anchor.px_to_lonlat(shapely.get_coordinates(place.representative_point()))[0]
+                first, second = about[0][2], about[1][2]
+                conflict = Conflict(
+                    ids=(about[0][0], about[1][0]),
+                    labels=(first, second),
+                    tasks=tuple(_distinct([*about[0][1], *about[1][1]])),
+                    overlap=round(float(share[at]), 3),
+                    lonlat=(round(float(lonlat[0]), 7), round(float(lonlat[1]), 7)),
+                )
+                tally.conflicts.append(conflict)
+                reason = f"{first} and {second} cover the same ground ({share[at]:.0%} of the smaller)"
+                tasks = ", ".join(map(str, conflict.tasks))
+                remarks.append(Remark(shapely.Point(conflict.lonlat), reason, tasks, ", ".join(conflict.ids)))
+
+
+class _Edits:
+    """What was changed in a desktop GIS and waits for its feature."""
+
+    def __init__(self, read: Edits, scenes: Sequence[_Scene]) -> None:
+        self.read = read
+        self.counts: Counter[str] = Counter()
+        self._changed = dict(read.changed)
+        self._deleted = set(read.deleted)
+        self._added: dict[int, list[tuple[str, Edit]]] = {}
+        for identity, edit in read.added.items():
+            near = next((scene for scene in scenes if scene.shows(edit.geometry)), scenes[0])
+            self._added.setdefault(id(near), []).append((identity, edit))
+
+    def apply(
+        self,
+        scene: _Scene,
+        columns: dict[str, list[Any]],
+        geometry: NDArray[np.object_],
+        shapes_px: NDArray[np.object_],
+    ) -> list[int]:
+        """Put changed outlines and labels in place of the annotated ones. Returns which features were not deleted."""
+        kept = []
+        for number, identity in enumerate(columns["id"]):
+            if identity in self._deleted:
+                self._deleted.discard(identity)
+                self.counts["deleted"] += 1
+                continue
+            kept.append(number)
+            edit = self._changed.pop(identity, None)
+            if edit is not None:
+                self.counts["changed"] += 1
+                geometry[number], shapes_px[number] = edit.geometry, scene.from_lonlat(edit.geometry)
+                columns["label"][number], columns["edited"][number] = edit.label, True
+        return kept
+
+    def added_to(self, scene: _Scene) -> list[tuple[str, Edit]]:
+        """Features that were drawn on the scene, with their ids."""
+        added = self._added.pop(id(scene), [])
+        self.counts["added"] += len(added)
+        return added
+
+    def finish(self, tally: _Tally) -> None:
+        """Count the edits that found nothing to change."""
+        lost = len(self._changed) + len(self._deleted)
+        if lost:
+            tally.dropped["desktop edit of a feature that is no longer there"] += lost
+        for reason in self.read.unreadable:
+            tally.dropped["desktop edit that cannot be read"] += 1
+            if len(tally.findings) < _MAX_FINDINGS:
+                tally.findings.append(reason)
+
+
+def _remark(place: _Place) -> Remark:
+    """A finding where it lies on Earth: the outline, or the middle of the tile where nothing is left of that."""
+    width, height = place.tile.size
+    shape = place.shape_px or shapely.Point(width / 2, height / 2)
+    lonlat = shapely.transform(shape, place.tile.px_to_lonlat)
+    return Remark(lonlat, place.reason, str(place.task), place.region)
+
+
+def _json_lists(texts: Sequence[bytes]) -> list[list[Any]]:
+    """Many JSON lists, read in one go."""
+    found: list[list[Any]] = json.loads(b"[" + b",".join(texts) + b"]")
+    return found
+
+
+def _joined_texts(texts: Sequence[str]) -> bytes:
+    return "\0".join(texts).encode(errors="replace")
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    found = list(dict.fromkeys(value for value in values if value is not None))
-    return found if all(isinstance(value, int) for value in found) else [str(value) for value in found]
+    return list(dict.fromkeys(value for value in values if value is not None))
 
 
 def _stable_id(scene: str, label: str, regions: Sequence[str]) -> str:
     """The same for the same regions, however they were moved since."""
-    digest = hashlib.sha256("\n".join([scene, label, *sorted(regions)]).encode())
+    digest = hashlib.sha256("\n".join([scene, label, *sorted(regions)]).encode(errors="replace"))
     return digest.hexdigest()[:16]
-
-
-def lonlat_geometry(
-    shape_px: BaseGeometry, tile: Tile, area: tuple[float, float, float, float] | None = None
-) -> Polygon | MultiPolygon | None:
-    """A shape in pixels of a tile as RFC 7946 wants it: degrees, shells counter-clockwise, cut at the antimeridian.
-
-    Edges that would bend are given more points. Coordinates lie on the grid of ``DECIMALS`` decimals, on which the
-    shape is valid; None where nothing is left of it there. ``area`` picks the operation between the CRS and EPSG:4326.
-    """
-    transformer = to_lonlat(str(tile.crs), area)
-
-    def ring_lonlat(ring: FloatArray) -> FloatArray:
-        points = tile.px_to_crs(_unbent(ring, tile, transformer))
-        x, y = transformer.transform(points[:, 0], points[:, 1])
-        return np.column_stack((x, y))
-
-    parts: list[Polygon] = []
-    for polygon in vectorize.repair(shape_px):
-        # In pixels, where the antimeridian is no matter, it is still plain which way round a ring runs.
-        seen_from_above = -1.0 if tile.transform is not None and tile.transform.determinant > 0 else 1.0
-        turned = shapely.geometry.polygon.orient(polygon, -seen_from_above)
-        rings = [ring_lonlat(shapely.get_coordinates(ring)) for ring in (turned.exterior, *turned.interiors)]
-        if not all(np.isfinite(ring).all() for ring in rings):
-            raise ExportError(f"{tile.scene or 'the scene'}: an outline lies outside the area where its CRS is defined")
-        parts += _cut_at_antimeridian(Polygon(rings[0], rings[1:]))
-    # Splitting leaves one object in two parts, and so may the grid.
-    grid = shapely.set_precision(shapely.make_valid(MultiPolygon(parts)), 10.0**-DECIMALS)
-    found = [shapely.geometry.polygon.orient(part) for part in vectorize.repair(grid)]
-    if not found:
-        return None
-    return found[0] if len(found) == 1 else MultiPolygon(found)
-
-
-def _unbent(ring_px: FloatArray, tile: Tile, transformer: pyproj.Transformer) -> FloatArray:
-    """The ring with points added where an edge that is straight in the CRS is not straight in lon/lat."""
-    if _is_geographic(str(tile.crs)):
-        return ring_px
-    starts, ends = ring_px[:-1], ring_px[1:]
-    halves = (starts + ends) / 2
-    points = tile.px_to_crs(np.concatenate((ring_px, halves)))
-    lon, lat = transformer.transform(points[:, 0], points[:, 1])
-    lonlat = np.column_stack((lon, lat))
-    ends_lonlat, halves_lonlat = lonlat[: len(ring_px)], lonlat[len(ring_px) :]
-    bend = halves_lonlat - (ends_lonlat[:-1] + ends_lonlat[1:]) / 2
-    # Over the antimeridian the mean of two longitudes lies on the other side of the Earth.
-    bend[:, 0] = (bend[:, 0] + 90) % 180 - 90
-    metres = np.hypot(bend[:, 0] * np.cos(np.radians(halves_lonlat[:, 1])), bend[:, 1]) * 111_320
-    pixel_m = tile.gsd_m or tile.ground_size_m()
-    # The bend falls with the square of the number of pieces.
-    pieces = np.clip(np.ceil(np.sqrt(np.nan_to_num(metres) / (_MAX_BEND_PX * pixel_m))), 1, 256).astype(int)
-    if (pieces == 1).all():
-        return ring_px
-    rows = [
-        start + (end - start) * np.arange(count)[:, None] / count
-        for start, end, count in zip(starts, ends, pieces.tolist(), strict=True)
-    ]
-    return np.concatenate([*rows, ring_px[-1:]])
-
-
-@functools.lru_cache(maxsize=64)
-def _is_geographic(crs: str) -> bool:
-    return bool(pyproj.CRS(crs).is_geographic)
-
-
-def _cut_at_antimeridian(polygon: Polygon) -> list[Polygon]:
-    lon = shapely.get_coordinates(polygon.exterior)[:, 0]
-    if (np.abs(np.diff(lon)) <= 180).all() and (np.abs(lon) <= 180).all():
-        return [polygon]
-    import antimeridian
-
-    fixed = antimeridian.fix_polygon(polygon, fix_winding=False)
-    return vectorize.repair(fixed)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def _check_ending(out: Path) -> None:
-    if out.suffix.lower() not in ENDINGS:
-        raise ExportError(f"{out.name}: no format has this ending; use one of {', '.join(ENDINGS)}")
-
-
-def _frame(features: Sequence[_Feature]) -> GeoDataFrame:
-    import geopandas
-
-    names = ("id", "label", "score", "area_m2", "scene", "tasks", "annotations")
-    columns = {name: [feature.properties[name] for feature in features] for name in names}
-    frame = geopandas.GeoDataFrame(columns, geometry=[feature.geometry for feature in features], crs="EPSG:4326")
-    return frame.astype({"score": float, "area_m2": float})
-
-
-def write(frame: GeoDataFrame, out: Path) -> int:
-    """Write features in EPSG:4326 as the ending of ``out`` says, whole or not at all. Returns how many there are."""
-    import pyogrio
-
-    _check_ending(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
-    try:
-        path = folder / out.name
-        match out.suffix.lower():
-            case ".parquet":
-                frame.to_parquet(
-                    path, compression="zstd", schema_version="1.1.0", write_covering_bbox=True, index=False
-                )
-            case ".geojson" | ".json":
-                _write_geojson(frame, path)
-            case ending:
-                flat = frame.assign(**{name: frame[name].map(json.dumps) for name in _list_columns(frame)})
-                if ending == ".shp":
-                    # The format cuts names at ten characters.
-                    flat = flat.rename(columns={"annotations": "annots"})
-                pyogrio.write_dataframe(flat, path, geometry_type="MultiPolygon", promote_to_multi=True)
-        # A Shapefile is several files; the one that is asked for comes last.
-        for part in sorted(folder.iterdir(), key=lambda part: part.name == out.name):
-            os.replace(part, out.parent / part.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return len(frame)
-
-
-def _write_geojson(frame: GeoDataFrame, path: Path) -> None:
-    import pyogrio
-
-    if frame.empty:
-        path.write_text('{"type": "FeatureCollection", "features": []}\n', encoding="utf-8")
-        return
-    is_single = bool((frame.geom_type == "Polygon").all())
-    pyogrio.write_dataframe(
-        frame,
-        path,
-        driver="GeoJSON",
-        use_arrow=True,
-        geometry_type="Polygon" if is_single else "Unknown",
-        layer_options={"RFC7946": "YES", "WRITE_BBOX": "YES", "COORDINATE_PRECISION": str(DECIMALS)},
-    )
-
-
-def _list_columns(frame: GeoDataFrame) -> list[str]:
-    return [name for name in ("tasks", "annotations") if name in frame]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def report_page(report: ExportReport) -> str:
-    """The report as an HTML page that needs nothing else."""
-    rows: list[tuple[str, str]] = []
-    for name, value in asdict(report).items():
-        if isinstance(value, dict):
-            rows += [(f"{name}: {key}", str(inner)) for key, inner in value.items()]
-        elif isinstance(value, list):
-            rows += [
-                (
-                    f"{name} {number}",
-                    "; ".join(f"{k}: {v}" for k, v in entry.items()) if isinstance(entry, dict) else str(entry),
-                )
-                for number, entry in enumerate(value, 1)
-            ]
-        else:
-            rows.append((name, str(value)))
-    cells = "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>GeoPrelabel export</title>\n'
-        "<style>body{font:15px system-ui;margin:2rem;max-width:60rem}th{text-align:left;vertical-align:top;"
-        "padding:.3rem 1.5rem .3rem 0;font-weight:600}td{padding:.3rem 0;overflow-wrap:anywhere}</style>\n"
-        f"<h1>Export</h1>\n<p>{html.escape(report.sentence())}</p>\n<table>\n{cells}\n</table>\n</html>\n"
-    )
-
-
-# Judging --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """How well predicted polygons lie on true ones."""
-
-    f1: float
-    precision: float
-    recall: float
-    mean_iou: float | None
-    """Of matched pairs."""
-
-    polis_m: float | None
-    """Mean distance of each one's vertices to the other's outline, over matched pairs, in metres (PoLiS)."""
-
-    vertex_ratio: float | None
-    """Vertices of matched predictions over those of their truth."""
-
-    invalid_rate: float
-    predicted: int
-    truth: int
-    matched: int
-
-
-def evaluate(predicted: Path, truth: Path, *, label: str | None = None, iou: float = 0.5) -> Evaluation:
-    """Match polygons one to one at that IoU, in the local UTM zone; of one label, where both files name labels.
-
-    ``label`` judges the polygons of that label alone. Raises ExportError where a file cannot be read as polygons.
-    """
-    guesses, truths = _polygons_of(predicted, label), _polygons_of(truth, label)
-    invalid = sum(not shape.is_valid for _, shape in guesses)
-    both = [shape for _, shape in (*guesses, *truths)]
-    counts = len(guesses), len(truths)
-    if not guesses or not truths:
-        perfect = float(counts == (0, 0))
-        return Evaluation(perfect, perfect, perfect, None, None, None, invalid / max(1, counts[0]), *counts, 0)
-    to_utm = _utm(both)
-    a, b = ([(name, _metres(shape, to_utm)) for name, shape in listed] for listed in (guesses, truths))
-    pairs = _matches(a, b, iou)
-    matched = len(pairs)
-    vertices = [
-        sum(int(shapely.get_num_coordinates(shape)) for shape in side)
-        for side in ([a[i][1] for i, _, _ in pairs], [b[j][1] for _, j, _ in pairs])
-    ]
-    return Evaluation(
-        f1=2 * matched / sum(counts),
-        precision=matched / counts[0],
-        recall=matched / counts[1],
-        mean_iou=sum(share for _, _, share in pairs) / matched if matched else None,
-        polis_m=sum(polis(a[i][1], b[j][1]) for i, j, _ in pairs) / matched if matched else None,
-        vertex_ratio=vertices[0] / vertices[1] if matched else None,
-        invalid_rate=invalid / counts[0],
-        predicted=counts[0],
-        truth=counts[1],
-        matched=matched,
-    )
-
-
-def polis(a: BaseGeometry, b: BaseGeometry) -> float:
-    """Mean distance of the vertices of each to the outline of the other, in their units (Avbelj and others, 2015)."""
-    return sum(
-        float(shapely.distance(shapely.points(shapely.get_coordinates(one)), other.boundary).mean()) / 2
-        for one, other in ((a, b), (b, a))
-    )
-
-
-def _polygons_of(path: Path, label: str | None) -> list[tuple[str | None, BaseGeometry]]:
-    """Label and shape (lon/lat) of each polygon or multipolygon in a vector file."""
-    frame = _read_frame(path)
-    if frame.crs is not None:
-        frame = frame.to_crs("EPSG:4326")
-    named = "label" in frame.columns
-    rows = zip(frame["label"] if named else [None] * len(frame), frame.geometry, strict=True)
-    return [
-        (None if name is None else str(name), shape)
-        for name, shape in rows
-        if isinstance(shape, (Polygon, MultiPolygon)) and not shape.is_empty and (label is None or str(name) == label)
-    ]
-
-
-def _read_frame(path: Path) -> GeoDataFrame:
-    import geopandas
-    import pyogrio
-
-    if not path.exists():
-        raise ExportError(f"{path} is not there")
-    try:
-        if path.suffix.lower() == ".parquet":
-            return geopandas.read_parquet(path)
-        return pyogrio.read_dataframe(path)
-    except Exception as error:  # each driver raises its own
-        raise ExportError(f"{path} cannot be read as vector data: {error}") from error
-
-
-def _utm(shapes: Sequence[BaseGeometry]) -> pyproj.Transformer:
-    lon, lat = shapely.get_coordinates(np.array(shapes, dtype=object)).mean(axis=0)
-    zone = int((lon + 180) // 6) % 60 + 1
-    return pyproj.Transformer.from_crs(
-        "EPSG:4326", f"EPSG:{32600 + zone if lat >= 0 else 32700 + zone}", always_xy=True
-    )
-
-
-def _metres(shape: BaseGeometry, to_utm: pyproj.Transformer) -> BaseGeometry:
-    moved = shapely.transform(shape, lambda points: np.column_stack(to_utm.transform(points[:, 0], points[:, 1])))
-    return shapely.union_all(vectorize.repair(moved))
-
-
-def _matches(
-    a: Sequence[tuple[str | None, BaseGeometry]], b: Sequence[tuple[str | None, BaseGeometry]], least: float
-) -> list[tuple[int, int, float]]:
-    """Pairs of numbers and their IoU, one to one, the best first."""
-    pairs = STRtree([shape for _, shape in b]).query([shape for _, shape in a], predicate="intersects").T.tolist()
-    scored = []
-    for i, j in pairs:
-        names = a[i][0], b[j][0]
-        if None not in names and names[0] != names[1]:
-            continue
-        shared = a[i][1].intersection(b[j][1]).area
-        share = shared / (a[i][1].area + b[j][1].area - shared)
-        if share >= least:
-            scored.append((i, j, share))
-    taken_a: set[int] = set()
-    taken_b: set[int] = set()
-    matched = []
-    for i, j, share in sorted(scored, key=lambda pair: -pair[2]):
-        if i not in taken_a and j not in taken_b:
-            taken_a.add(i)
-            taken_b.add(j)
-            matched.append((i, j, share))
-    return matched
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something wrong with a file."""
-
-    feature: int | None
-    """Number of the feature (or task), from 0; None where it is the file."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason if self.feature is None else f"feature {self.feature}: {self.reason}"
-
-
-def validate(path: Path) -> list[Finding]:
-    """What is wrong with an export or with a Label Studio JSON; an empty list for a sound one.
-
-    Looks for empty and invalid shapes, places off the Earth and, in GeoJSON, for what RFC 7946 forbids.
-    Raises ExportError where the file cannot be read at all.
-    """
-    if path.suffix.lower() in (".geojson", ".json"):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ExportError(f"{path} is not there") from error
-        except ValueError as error:
-            raise ExportError(f"{path} is not JSON: {error}") from error
-        if isinstance(content, list):
-            return _wrong_tasks(content)
-        return _wrong_geojson(content)
-    frame = _read_frame(path)
-    findings = []
-    if frame.crs is None or frame.crs.to_epsg() != 4326:
-        findings.append(Finding(None, f"the CRS must be EPSG:4326, got {frame.crs}"))
-    for number, shape in enumerate(frame.geometry):
-        findings += [Finding(number, reason) for reason in _wrong_shape(shape)]
-    return findings
-
-
-def _wrong_shape(shape: BaseGeometry | None) -> list[str]:
-    if shape is None or shape.is_empty:
-        return ["has no geometry"]
-    if not isinstance(shape, (Polygon, MultiPolygon)):
-        return [f"must be a Polygon or MultiPolygon, got {shape.geom_type}"]
-    reasons = [] if shape.is_valid else [f"is invalid: {shapely.is_valid_reason(shape)}"]
-    west, south, east, north = shape.bounds
-    if west < -180 or east > 180 or south < -90 or north > 90:
-        reasons.append(f"lies off the Earth: west {west:g}, south {south:g}, east {east:g}, north {north:g}")
-    return reasons
-
-
-def _wrong_geojson(content: Any) -> list[Finding]:
-    if not isinstance(content, Mapping) or content.get("type") != "FeatureCollection":
-        return [Finding(None, "must be a FeatureCollection")]
-    features = content.get("features")
-    if not isinstance(features, list):
-        return [Finding(None, "features must be a list")]
-    findings = [Finding(None, "has a crs member, which RFC 7946 does not allow")] if "crs" in content else []
-    for number, feature in enumerate(features):
-        geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
-        if not isinstance(geometry, Mapping):
-            findings.append(Finding(number, "has no geometry"))
-            continue
-        try:
-            rings = _wrong_rings(geometry)
-            shape = shapely.geometry.shape(dict(geometry))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
-            findings.append(Finding(number, "has a geometry that cannot be read"))
-            continue
-        findings += [Finding(number, reason) for reason in (*_wrong_shape(shape), *rings)]
-    return findings
-
-
-def _wrong_rings(geometry: Mapping[str, Any]) -> list[str]:
-    """What is wrong with how rings are written: closed, shells counter-clockwise, holes clockwise."""
-    listed = {"Polygon": [geometry["coordinates"]], "MultiPolygon": geometry["coordinates"]}.get(
-        str(geometry["type"]), []
-    )
-    reasons = []
-    for rings in listed:
-        for number, points in enumerate(rings):
-            ring = np.asarray(points, np.float64)[:, :2]
-            if len(ring) < 4 or not np.array_equal(ring[0], ring[-1]):
-                reasons.append("has a ring that is not closed")
-                continue
-            if shapely.is_ccw(shapely.linearrings(ring)) != (number == 0):
-                reasons.append("has a clockwise shell" if number == 0 else "has a counter-clockwise hole")
-    return reasons
-
-
-def _wrong_tasks(tasks: Sequence[Any]) -> list[Finding]:
-    """What an export would stumble over in Label Studio's JSON."""
-    findings = []
-    for number, task in enumerate(tasks):
-        if not isinstance(task, Mapping):
-            findings.append(Finding(number, "is not a task"))
-            continue
-        try:
-            _, tile = next(_tiles(task, None))
-            for annotation in labelstudio.chosen_annotations(task):
-                read = labelstudio.read_annotation(annotation, tile)
-                findings += [Finding(number, reason) for reason in read.dropped if _is_damage(reason)]
-        except (BadTile, BadRequest) as error:
-            findings.append(Finding(number, str(error)))
-    return findings

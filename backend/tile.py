@@ -31,10 +31,11 @@ WEB_MERCATOR_HALF_M = 20_037_508.342789244
 _XYZ_URL = re.compile(r"/(\d{1,2})/(\d{1,8})/(\d{1,8})(?:@(\d)x)?\.(?:png|jpe?g|webp)(?:\?.*)?$", re.IGNORECASE)
 _AUTHORITY_CODE = re.compile(r"^[A-Za-z][A-Za-z0-9]{1,15}:[A-Za-z0-9._-]{1,32}$")
 _WKT2 = re.compile(
-    r"^(?:PROJCRS|GEOGCRS|GEODCRS|COMPOUNDCRS|BOUNDCRS|ENGCRS|DERIVEDPROJCRS|PROJCS|GEOGCS|COMPD_CS)\s*\[",
+    r"^(?:PROJCRS|GEOGCRS|GEODCRS|COMPOUNDCRS|BOUNDCRS|ENGCRS|DERIVEDPROJCRS|PROJCS|GEOGCS|COMPD_CS|LOCAL_CS)\s*\[",
     re.IGNORECASE,
 )
 _MAX_CRS_TEXT = 20_000
+_GEOD = pyproj.Geod(ellps="WGS84")
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +241,16 @@ class Tile:
     def lonlat_to_px(self, lonlat: FloatArray) -> FloatArray:
         """Longitude and latitude in degrees to tile pixels, (N, 2) both."""
         points = np.asarray(lonlat, np.float64)
-        back = to_lonlat(self._crs(), self._area())
-        x, y = back.transform(points[:, 0], points[:, 1], direction="INVERSE")
-        return self.crs_to_px(np.column_stack((x, y)))
+        forth = to_lonlat(self._crs(), self._area())
+
+        def back(lonlat: FloatArray) -> FloatArray:
+            return np.column_stack(forth.transform(lonlat[:, 0], lonlat[:, 1], direction="INVERSE"))
+
+        guess = back(points)
+        # PROJ turns a seven-parameter transformation round with its signs only, and comes back a millimetre beside.
+        missed = np.column_stack(forth.transform(guess[:, 0], guess[:, 1])) - points
+        missed[:, 0] = (missed[:, 0] + 180) % 360 - 180
+        return self.crs_to_px(back(points - missed))
 
     def outline_px(self) -> Polygon:
         """The tile's border, in its pixels."""
@@ -255,7 +263,7 @@ class Tile:
         points = self.px_to_crs(np.array([(col, row), (col + 1, row), (col, row + 1)]))
         lon, lat = _through(to_lonlat(self._crs(), None), points, "the tile's centre").T
         # From two sides: the area of a polygon of few centimetres is lost in the digits of the ellipsoid's.
-        azimuths, _, sides_m = pyproj.Geod(ellps="WGS84").inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
+        azimuths, _, sides_m = _GEOD.inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
         return math.sqrt(sides_m[0] * sides_m[1] * abs(math.sin(math.radians(azimuths[1] - azimuths[0]))))
 
     def _placed(self) -> Affine:
@@ -302,24 +310,66 @@ def _crs(text: str) -> pyproj.CRS:
 
 
 @functools.lru_cache(maxsize=64)
-def to_lonlat(crs: str, area: tuple[float, float, float, float] | None) -> pyproj.Transformer:
-    """From a CRS to EPSG:4326, longitude first; the best operation for the area (west, south, east, north in degrees).
+def horizontal_crs(text: str) -> pyproj.CRS:
+    """The part of a CRS that pixels have coordinates in: of a compound CRS the horizontal one, of a 3D one the 2D one.
 
-    Raises BadTile where PROJ knows no operation between the two.
+    Raises BadTile, with the reason, for a CRS whose coordinates are no places on a map: engineering, vertical and
+    geocentric ones.
     """
-    aoi = AreaOfInterest(*area) if area else None
+    crs = _crs(text)
+    while crs.is_compound:
+        crs = crs.sub_crs_list[0]
+    name, kind = crs.name[:80], crs.type_name.removesuffix(" CRS").lower()
+    if crs.is_engineering:
+        raise BadTile(
+            f"the CRS {name!r} is a local engineering CRS: nothing tells where on Earth its zero lies; give the scene a"
+            " georeferenced CRS (gdalwarp with ground control points, or gdal_edit -a_srs and -a_ullr)"
+        )
+    if not (crs.is_geographic or crs.is_projected or crs.is_bound):
+        raise BadTile(f"the CRS {name!r} is {kind}, not horizontal; pixels need a projected or geographic one")
+    return crs.to_2d() if len(crs.axis_info) > 2 else crs
+
+
+@functools.lru_cache(maxsize=64)
+def operations_to_lonlat(crs: str, area: tuple[float, float, float, float] | None) -> TransformerGroup:
+    """What PROJ knows of the ways from a CRS to EPSG:4326, longitude first, in the area (west, south, east, north).
+
+    The best usable way comes first. A ballpark way, which takes one datum for another, is there only where PROJ knows
+    no other. Raises BadTile where there is none at all.
+    """
+    for allow_ballpark in (False, True):
+        if group := operations(horizontal_crs(crs), _crs("EPSG:4326"), area, allow_ballpark=allow_ballpark):
+            return group
+    raise BadTile(f"no coordinate operation leads from {crs[:80]} to EPSG:4326")
+
+
+def operations(
+    source: pyproj.CRS, target: pyproj.CRS, area: tuple[float, float, float, float] | None, *, allow_ballpark: bool
+) -> TransformerGroup | None:
+    """The usable ways from one CRS to another in the area, the best first; None where there is none."""
     try:
         with warnings.catch_warnings():
             # Which operation was taken, and that a better one needs a grid, is told where it matters: on export.
             warnings.simplefilter("ignore", UserWarning)
             group = TransformerGroup(
-                _crs(crs), _crs("EPSG:4326"), always_xy=True, area_of_interest=aoi, allow_ballpark=False
+                source,
+                target,
+                always_xy=True,
+                area_of_interest=AreaOfInterest(*area) if area else None,
+                allow_ballpark=allow_ballpark,
             )
-        if not group.transformers:
-            raise BadTile(f"no coordinate operation leads from {crs[:80]} to EPSG:4326")
-        return group.transformers[0]
-    except pyproj.exceptions.ProjError as error:
-        raise BadTile(f"no coordinate operation leads from {crs[:80]} to EPSG:4326") from error
+    except (pyproj.exceptions.ProjError, IndexError):
+        # pyproj 3.7 raises IndexError where operations are known but none can be made.
+        return None
+    return group if group.transformers else None
+
+
+def to_lonlat(crs: str, area: tuple[float, float, float, float] | None) -> pyproj.Transformer:
+    """From a CRS to EPSG:4326, longitude first; the best operation for the area (west, south, east, north in degrees).
+
+    Made once for each. Raises BadTile where PROJ knows no operation between the two.
+    """
+    return operations_to_lonlat(crs, area).transformers[0]
 
 
 def _through(transformer: pyproj.Transformer, points: FloatArray, what: str) -> FloatArray:

@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from backend.errors import BadTile
-from backend.tile import Tile, checked_crs, to_lonlat
+from backend.tile import Tile, checked_crs, operations_to_lonlat, to_lonlat
 
 settings.register_profile("tile", deadline=None, max_examples=60)
 settings.load_profile("tile")
@@ -32,6 +32,9 @@ HOMES = {
     "EPSG:4326": (-70.3, -33.4),
     "EPSG:3413": (-45.0, 72.0),
     "EPSG:2193": (174.8, -41.3),
+    "EPSG:27700": (-0.5, 51.5),
+    "EPSG:2056": (7.45, 46.95),
+    "EPSG:25832": (9.5, 50.1),
 }
 
 
@@ -354,14 +357,47 @@ def test_transformers_are_made_once() -> None:
     assert to_lonlat("EPSG:32645", (85, 27, 86, 28)) is to_lonlat("EPSG:32645", (85, 27, 86, 28))
 
 
-def test_a_crs_without_a_way_to_lonlat_is_refused() -> None:
-    local = 'ENGCRS["site",EDATUM["peg"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
-    with pytest.raises(BadTile, match="no coordinate operation"):
-        Tile((5, 5), checked_crs(local), Affine(1, 0, 0, 0, -1, 0)).px_to_lonlat(np.zeros((1, 2)))
+@pytest.mark.parametrize(
+    ("crs", "reason"),
+    [
+        (
+            'ENGCRS["site",EDATUM["peg"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]',
+            r"'site' is a local engineering CRS.*gdalwarp",
+        ),
+        ('LOCAL_CS["site",UNIT["metre",1]]', "'site' is a local engineering CRS"),
+        ("EPSG:5703", "'NAVD88 height' is vertical, not horizontal"),
+        ("EPSG:4978", "'WGS 84' is geocentric, not horizontal"),
+    ],
+)
+def test_a_crs_without_places_on_a_map_is_refused_with_the_reason(crs: str, reason: str) -> None:
+    tile = Tile((5, 5), checked_crs(crs), Affine(1, 0, 0, 0, -1, 0))
+    for ask in (lambda: tile.px_to_lonlat(np.zeros((1, 2))), tile.ground_size_m):
+        with pytest.raises(BadTile, match=reason):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("compound", "horizontal"),
+    [("EPSG:5555", "EPSG:25832"), ("EPSG:6697", "EPSG:6668"), ("EPSG:4979", "EPSG:4326")],
+    ids=["projected and height", "geographic and height", "ellipsoidal height"],
+)
+def test_of_a_crs_with_heights_the_horizontal_part_counts(compound: str, horizontal: str) -> None:
+    lon, lat = (9.3, 50.2) if compound == "EPSG:5555" else (139.7, 35.6)
+    x, y = to_lonlat(horizontal, None).transform(lon, lat, direction="INVERSE")
+    point = to_lonlat(compound, None).transform(x, y)
+    assert point == pytest.approx((lon, lat), abs=1e-9)
+
+
+def test_a_crs_that_no_operation_leads_out_of_is_left_by_a_ballpark_one() -> None:
+    # Export says so, and refuses it unless told otherwise.
+    lon, lat = to_lonlat("EPSG:4490", (110, 30, 111, 31)).transform(110.5, 30.5)
+    assert (lon, lat) == pytest.approx((110.5, 30.5))
+    # pyproj 3.7 raises IndexError for this one where ballpark ways are ruled out.
+    assert to_lonlat("EPSG:9474", None).transform(30.0, 60.0) == pytest.approx((30, 60))
 
 
 def test_a_missing_grid_is_no_warning() -> None:
     # OSGB 36 is best left by a grid that a bare installation of PROJ does not hold.
-    to_lonlat.cache_clear()
+    operations_to_lonlat.cache_clear()
     lon, lat = to_lonlat("EPSG:27700", (-1, 51, 0, 52)).transform(530_000, 180_000)
     assert (lon, lat) == pytest.approx((-0.128, 51.504), abs=0.001)

@@ -1,0 +1,302 @@
+"""Annotations: what people drew on a task, tile by tile, and which of it was damaged.
+
+What is shared by those who turn annotations into features and those who check them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import labelstudio
+from .errors import BadRequest
+from .labelstudio import LabelConfig
+from .tile import FloatArray, Region, Tile
+
+FROM = ("ground_truth", "latest", "all")
+"""Which annotations of a task count, where there are several."""
+
+_MOVED_PCT = 1e-3
+"""Percent of the image below which a point has not been moved, but rounded by the editor."""
+
+_CHUNK_CHARS = 1 << 20
+_IMAGE = re.compile(r"\.(?:jpe?g|png|webp|tiff?|bmp|gif)(?:[?#]|$)", re.IGNORECASE)
+
+
+def tiles_of(task: Mapping[str, Any], config: LabelConfig | None) -> Iterator[tuple[str | None, Tile]]:
+    """The tile of each of the task's images, with the image's name in the label config. Raises BadTile, BadRequest."""
+    data = task.get("data")
+    if not isinstance(data, Mapping):
+        raise BadRequest(f"task {task.get('id')} has no data object")
+    if config is None:
+        addresses: dict[str | None, list[str]] = {None: [text for text in data.values() if isinstance(text, str)]}
+    else:
+        addresses = {tag.to_name: [labelstudio.image_of(task, tag)] for tag in config.tags}
+    for to_name, texts in addresses.items():
+        tiles = (Tile.from_task(data, image_url=text) for text in texts or [""])
+        tile = next((tile for tile in tiles if tile is not None), None)
+        tile = tile or Tile(size=(1, 1))
+        tile.ground_size_m()  # raises for a photo, and where the CRS does not reach the tile
+        yield to_name, tile
+
+
+def image_address(task: Mapping[str, Any], config: LabelConfig | None, to_name: str | None) -> str:
+    """Address of the image that the name in the label config means; without a config the first that looks like one."""
+    for tag in config.tags if config is not None else ():
+        if tag.to_name == to_name:
+            return labelstudio.image_of(task, tag)
+    data = task.get("data")
+    texts = [text for text in data.values() if isinstance(text, str)] if isinstance(data, Mapping) else []
+    return next((text for text in texts if _IMAGE.search(text)), texts[0] if texts else "")
+
+
+def points_of(annotation: Mapping[str, Any], region: str, tile: Tile) -> FloatArray:
+    """The points of a polygon region as they were drawn, (N, 2) tile pixels; none where they cannot be read."""
+    for result in annotation.get("result") or []:
+        if isinstance(result, Mapping) and result.get("id") == region and isinstance(result.get("value"), Mapping):
+            try:
+                points = np.array(result["value"].get("points"), np.float64)
+            except (TypeError, ValueError, OverflowError):
+                break
+            if points.ndim == 2 and points.shape[1:] == (2,) and np.isfinite(points).all():
+                return tile.pct_to_px(points)
+    return np.empty((0, 2))
+
+
+def without_task(sentence: str, task: Mapping[str, Any]) -> str:
+    """The sentence without the task's number, so that equal reasons count together."""
+    return sentence.replace(f"task {task.get('id')}: ", "").replace(f"task {task.get('id')} ", "the task ")
+
+
+_NOT_DAMAGE = frozenset(
+    (
+        labelstudio.CANCELLED,
+        labelstudio.PROMPT,
+        labelstudio.LEAK,
+        labelstudio.OTHER_IMAGE,
+        labelstudio.NOT_AN_AREA,
+        labelstudio.MORE_LABELS,
+    )
+)
+_LEFT_OUT = frozenset((labelstudio.ROTATED_VIEW, labelstudio.UNREADABLE, labelstudio.OUTSIDE, labelstudio.EMPTY))
+
+
+def is_damage(reason: str) -> bool:
+    """Whether a reason in ``AnnotationRead.dropped`` means that something drawn was lost or changed."""
+    return reason not in _NOT_DAMAGE
+
+
+def is_repair(reason: str) -> bool:
+    """Whether the outline is there, but not as it was drawn."""
+    return is_damage(reason) and reason not in _LEFT_OUT and not reason.endswith("left out")
+
+
+def mended_ids(
+    annotation: Mapping[str, Any], tile: Tile, config: LabelConfig | None, to_name: str | None, reason: str
+) -> set[str]:
+    """Ids of the regions that were repaired for that reason."""
+    ids: set[str] = set()
+    for result in annotation.get("result") or []:
+        if isinstance(result, Mapping) and isinstance(result.get("id"), str):
+            alone = labelstudio.read_annotation({"result": [result]}, tile, config=config, to_name=to_name)
+            if reason in alone.dropped:
+                ids.add(result["id"])
+    return ids
+
+
+def objects_of(regions: Sequence[Region]) -> list[list[Region]]:
+    """Regions that are parts of one object together, all others alone."""
+    objects: dict[tuple[Any, ...], list[Region]] = {}
+    for number, region in enumerate(regions):
+        key = (region.object_id, region.label) if region.object_id else (number,)
+        objects.setdefault(key, []).append(region)
+    return list(objects.values())
+
+
+def chosen(task: Mapping[str, Any], which: str = "ground_truth") -> list[Mapping[str, Any]]:
+    """The annotations that count for a task.
+
+    ``ground_truth``: the newest ground truth, else the newest; ``latest``: the newest; ``all``: all submitted ones.
+    """
+    return labelstudio.chosen_annotations(task, which=which)
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """When and by whom an annotation was made; None where Label Studio does not say."""
+
+    task: Any
+    annotation: Any
+    annotator: int | None
+    lead_time_s: float | None
+    created: str | None
+    updated: str | None
+
+
+def making_of(annotation: Mapping[str, Any], task: Mapping[str, Any]) -> Making:
+    """When and by whom the task's annotation was made."""
+    by = annotation.get("completed_by")
+    by = by.get("id") if isinstance(by, Mapping) else by
+    lead = annotation.get("lead_time")
+    created, updated = annotation.get("created_at"), annotation.get("updated_at")
+    return Making(
+        task=task.get("id"),
+        annotation=annotation.get("id"),
+        annotator=by if isinstance(by, int) and not isinstance(by, bool) else None,
+        lead_time_s=float(lead) if isinstance(lead, (int, float)) and math.isfinite(lead) else None,
+        created=created if isinstance(created, str) else None,
+        updated=updated if isinstance(updated, str) else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a model drew on a task, by region id."""
+
+    results: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    """Model version of each region."""
+
+    @classmethod
+    def on(cls, task: Mapping[str, Any], annotation: Mapping[str, Any]) -> Predicted:
+        """All predictions in the task's JSON, and the one that Label Studio keeps with the annotation."""
+        results: dict[str, Mapping[str, Any]] = {}
+        versions: dict[str, str] = {}
+        listed = task.get("predictions")
+        for prediction in (*(listed if isinstance(listed, list) else ()), annotation.get("prediction")):
+            if not isinstance(prediction, Mapping) or not isinstance(prediction.get("result"), list):
+                continue
+            version = prediction.get("model_version")
+            for result in prediction["result"]:
+                identity = result.get("id") if isinstance(result, Mapping) else None
+                if isinstance(identity, str):
+                    results[identity] = result
+                    if isinstance(version, str):
+                        versions[identity] = version
+        return cls(results, versions)
+
+    def was_edited(self, result: Mapping[str, Any]) -> bool | None:
+        """Whether a region differs from what was predicted under its id; None where nothing of that id is known."""
+        before = self.results.get(result.get("id", ""))
+        if before is None:
+            # Label Studio's own word for it, where an export leaves predictions out.
+            return {"prediction": False, "prediction-changed": True}.get(str(result.get("origin")))
+        old, new = before.get("value"), result.get("value")
+        if old == new:
+            return False
+        if not isinstance(old, Mapping) or not isinstance(new, Mapping) or result.get("type") != before.get("type"):
+            return True
+        if any(old.get(key) != new.get(key) for key in {*old, *new} - {"points", "closed"}):
+            return True
+        if old.get("points") == new.get("points"):
+            return False
+        try:
+            a, b = (np.array(value["points"], np.float64) for value in (old, new))
+        except (TypeError, ValueError, KeyError, OverflowError):
+            return True
+        return a.shape != b.shape or not bool(np.allclose(a, b, rtol=0, atol=_MOVED_PCT))
+
+
+Outline = tuple[list[Any], str, float | None, Mapping[str, Any]]
+"""Points as they came, label, score and the result of a region that is one polygon."""
+
+
+def plain_outlines(
+    annotation: Mapping[str, Any], config: LabelConfig | None, to_name: str | None
+) -> list[Outline] | None:
+    """The annotation's regions where each is one labelled polygon and nothing is beside them; else None.
+
+    What ``labelstudio.read_annotation`` would read from such an annotation, as long as the points are numbers from 0 to
+    100 and make a valid ring, is just these outlines.
+    """
+    results = annotation.get("result")
+    if not isinstance(results, list) or annotation.get("was_cancelled"):
+        return None
+    outlines: list[Outline] = []
+    seen: set[str] = set()
+    for result in results:
+        if type(result) is not dict or result.get("type") != "polygonlabels" or "is_positive" in result:
+            return None
+        value, identity, score = result.get("value"), result.get("id"), result.get("score")
+        if type(value) is not dict or not isinstance(identity, str) or identity in seen:
+            return None
+        points, names = value.get("points"), value.get("polygonlabels")
+        if type(points) is not list or type(names) is not list or len(names) != 1 or len(points) < 3:
+            return None
+        if (to_name is not None and result.get("to_name") != to_name) or result.get("image_rotation"):
+            return None
+        if "meta" in result or not isinstance(names[0], str) or not names[0]:
+            meta = result.get("meta")
+            if not names[0] or not isinstance(names[0], str) or (isinstance(meta, dict) and meta.get("object")):
+                return None
+        if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+            return None
+        seen.add(identity)
+        outlines.append((points, names[0], None if score is None else float(score), result))
+    return outlines
+
+
+def tasks_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The tasks of a ``tasks.json`` or a Label Studio export, one after the other, without reading the file whole.
+
+    Raises BadRequest naming what is wrong with it.
+    """
+    decoder = json.JSONDecoder()
+    try:
+        with path.open(encoding="utf-8") as file:
+            text, at, number = "", 0, 0
+
+            def more() -> bool:
+                nonlocal text, at
+                # As much again as was not enough: a long task is not looked at over and over.
+                chunk = file.read(max(_CHUNK_CHARS, len(text) - at))
+                text, at = text[at:] + chunk, 0
+                return bool(chunk)
+
+            def skip(wanted: str) -> str:
+                nonlocal at
+                while True:
+                    while at < len(text) and text[at] in " \t\r\n\ufeff":
+                        at += 1
+                    if at < len(text):
+                        found = text[at]
+                        at += found in wanted
+                        return found
+                    if not more():
+                        return ""
+
+            found = skip("[")
+            if found != "[":
+                kind = "nothing" if not found else f"text that begins with {found!r}"
+                raise BadRequest(f"{path} must hold a list of Label Studio tasks, got {kind}")
+            if skip("]") == "]":
+                return
+            while True:
+                skip("")
+                while True:
+                    try:
+                        task, at = decoder.raw_decode(text, at)
+                        break
+                    except json.JSONDecodeError as error:
+                        if not more():
+                            raise BadRequest(f"{path} is not JSON: task number {number}: {error}") from error
+                if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
+                    raise BadRequest(f"{path}: task number {number} has no data object")
+                yield task
+                number += 1
+                found = skip(",]")
+                if found == "]":
+                    return
+                if found != ",":
+                    raise BadRequest(f"{path} is not JSON: expected a comma after task number {number - 1}")
+    except FileNotFoundError as error:
+        raise BadRequest(f"{path} is not there") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,432 @@
+"""Seams: objects that tiles cut, or that several tiles show, come back once.
+
+All in pixels of the scene's first tile, its *anchor*. Objects wholly inside a tile belong to the tile whose core holds
+them; parts that reach a border are linked across tiles and joined. Pairs are looked for block by block, and shapes are
+fetched when they are needed, so that memory does not grow with the outlines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from shapely import Polygon, STRtree
+from shapely.geometry.base import BaseGeometry
+
+from . import vectorize
+from .tile import FloatArray, Tile
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+Shapes = NDArray[np.object_]
+
+BORDER_PX = 1.5
+"""An outline this close to its tile's border is taken to go on beyond it."""
+
+_SLIVER_PX = 3.0
+"""An outline that reaches no farther into its tile is hardly enough to tell what it belongs to."""
+
+_MIN_SHARED = 0.3
+"""Share of the smaller of two outlines, within the ground that both tiles show, that makes them one object."""
+
+_MIN_DUPLICATE = 0.5
+"""The same for two outlines that their tiles show whole."""
+
+_MIN_COVERED = 0.8
+"""A part of an object that another tile shows whole is not needed when the whole covers this share of it."""
+
+_MIN_CONTACT = 0.5
+"""Share of the shorter contact with the common border of tiles that do not overlap."""
+
+_BLOCK = 10_000
+"""Boxes of a block, about, when pairs are looked for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A tile in the frame of its scene."""
+
+    tile: Tile
+    outline: Polygon
+    core: Polygon | None
+
+    matrix: FloatArray
+    """With ``offset`` from pixels of the tile to the frame's: ``points @ matrix + offset``, (2, 2) and (2,)."""
+
+    offset: FloatArray
+
+
+def view_of(tile: Tile, anchor: Tile) -> View:
+    """Where the tile lies in the scene whose frame is the anchor's."""
+    width, height = tile.size
+    corners = anchor.crs_to_px(tile.px_to_crs(np.array([(0.0, 0.0), (width, 0.0), (0.0, height)])))
+    matrix = np.array([(corners[1] - corners[0]) / width, (corners[2] - corners[0]) / height])
+    # Tiles of one grid are whole pixels apart: what arithmetic lost would leave slivers between their outlines.
+    whole, offset = np.rint(corners[0]), corners[0]
+    matrix = np.where(np.abs(matrix - np.eye(2)) < 1e-7, np.eye(2), matrix)
+    offset = np.where(np.abs(offset - whole) < 1e-4, whole, offset)
+
+    def box(column: float, row: float, columns: float, rows: float) -> Polygon:
+        ends_px = np.array([(0, 0), (columns, 0), (columns, rows), (0, rows)]) + np.array([column, row])
+        return Polygon(ends_px @ matrix + offset)
+
+    return View(tile, box(0, 0, width, height), box(*tile.core) if tile.core else None, matrix, offset)
+
+
+def seen(views: Sequence[View], view: IntArray, shapes: Shapes) -> tuple[BoolArray, BoolArray]:
+    """Whether each shape lies whole on its view, and whether it hugs the border; ``view`` (N,) are indices."""
+    used, which = np.unique(view, return_inverse=True)
+    outlines = np.array([views[number].outline for number in used.tolist()], dtype=object)
+    inside, deep_inside = (
+        shapely.buffer(outlines, -margin, join_style="mitre", quad_segs=1) for margin in (BORDER_PX, _SLIVER_PX)
+    )
+    shapely.prepare(inside)
+    shapely.prepare(deep_inside)
+    return shapely.contains(inside[which], shapes), ~shapely.intersects(deep_inside[which], shapes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Objects as single tasks show them, in the frame of their scene. All arrays have one entry for each."""
+
+    boxes: FloatArray
+    """Left, top, right, bottom, (N, 4)."""
+
+    label: IntArray
+    task: IntArray
+    """Equal numbers are equal tasks: what one task shows side by side is never one object."""
+
+    view: IntArray
+    """Index into ``views``."""
+
+    is_whole: BoolArray
+    """Whether all of the object lies on the tile."""
+
+    is_sliver: BoolArray
+    """Whether all that the tile shows hugs its border: hardly enough to tell what it belongs to."""
+
+    views: Sequence[View]
+
+    fetch: Callable[[IntArray], Shapes]
+    """The shapes of pieces, by their indices."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WholeObject:
+    """A whole object of a scene and the outlines it was made of."""
+
+    shape: BaseGeometry
+
+    pieces: tuple[int, ...]
+    """Indices of all that show it, also those whose outline was not needed."""
+
+    outlines: int = 1
+    """Pieces whose outline the shape was made of."""
+
+
+def whole_objects(pieces: Pieces, *, simplify_px: float, batch: int = 4096) -> Iterator[list[WholeObject]]:
+    """The objects that the pieces of one scene show, each once, in batches, ordered by the first piece of each.
+
+    Outlines that were joined are simplified.
+    """
+    found = links(pieces)
+    pairs = found["pair"]
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(pieces), len(pieces)))
+    _, group = connected_components(graph, directed=False)
+    # Groups are numbered as their first members come.
+    _, first, group = np.unique(group, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(first))[group]
+    members = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[members], np.arange(len(first) + 1))
+    found = found[np.argsort(group[pairs[:, 0]], kind="stable")]
+    link_starts = np.searchsorted(group[found["pair"][:, 0]], np.arange(len(first) + 1))
+    for begin in range(0, len(first), batch):
+        end = min(begin + batch, len(first))
+        shown = members[starts[begin] : starts[end]]
+        at = starts[begin : end + 1] - starts[begin]
+        here = found[link_starts[begin] : link_starts[end]]
+        link_at = (link_starts[begin : end + 1] - link_starts[begin]).tolist()
+        shapes = pieces.fetch(shown)
+        winners = _winners(pieces, shown, shapes, at, here)
+        objects: list[WholeObject] = []
+        listed, numbers = shapes.tolist(), shown.tolist()
+        for start, stop, winner, low, high in zip(
+            at[:-1].tolist(), at[1:].tolist(), winners.tolist(), link_at[:-1], link_at[1:], strict=True
+        ):
+            if winner >= 0:
+                objects.append(WholeObject(listed[winner], tuple(numbers[start:stop])))
+            else:
+                tied = here[low:high]
+                ends = zip(map(tuple, tied["pair"].tolist()), tied["at_border"].tolist(), strict=True)
+                inner = dict(zip(numbers[start:stop], listed[start:stop], strict=True))
+                objects += _joined(pieces, inner, dict(ends), simplify_px)
+        yield objects
+
+
+def _winners(pieces: Pieces, shown: IntArray, shapes: Shapes, at: IntArray, tied: NDArray[Any]) -> IntArray:
+    """For each group of pieces the position of the one whose outline is the object; -1 where that takes a closer look.
+
+    ``at`` (G + 1,) are the groups' first positions. All groups of one; and of two where the tiles overlap, neither is a
+    sliver, and one shows the object whole: what most groups are.
+    """
+    sizes = np.diff(at)
+    winners = np.where(sizes == 1, at[:-1], -1)
+    pair = np.flatnonzero(sizes == 2)
+    if not len(pair):
+        return winners
+    i, j = at[pair], at[pair] + 1
+    # Two pieces have one link, and links are sorted as groups are.
+    link = tied[np.isin(tied["pair"][:, 0], shown[i])]
+    easy = ~link["at_border"] & ~pieces.is_sliver[shown[i]] & ~pieces.is_sliver[shown[j]]
+    whole_i, whole_j = pieces.is_whole[shown[i]], pieces.is_whole[shown[j]]
+    areas = shapely.area(shapes)
+    part = np.where(whole_i, j, i)
+    covered = easy & (whole_i != whole_j) & (link["common_px"] >= _MIN_COVERED * areas[part])
+    winners[pair[covered]] = np.where(whole_i, i, j)[covered]
+    same = np.flatnonzero(easy & whole_i & whole_j)
+    if len(same):
+        first, second = (_claims(pieces, shown[side[same]], shapes[side[same]]) for side in (i, j))
+        is_second = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] > first[1]))
+        winners[pair[same]] = np.where(is_second, j[same], i[same])
+    return winners
+
+
+def _claims(pieces: Pieces, numbers: IntArray, shapes: Shapes) -> tuple[BoolArray, FloatArray]:
+    """How good tiles' claims to objects are, as ``_claim`` has it."""
+    views = [pieces.views[number] for number in pieces.view[numbers].tolist()]
+    points = shapely.point_on_surface(shapes)
+    cores = np.array([view.core or Polygon() for view in views], dtype=object)
+    borders = shapely.get_exterior_ring(np.array([view.outline for view in views], dtype=object))
+    return np.asarray(shapely.covers(cores, points)), np.asarray(shapely.distance(borders, points))
+
+
+Links = dict[tuple[int, int], bool]
+"""Pairs of pieces that show one object; whether they meet at the common border of tiles that do not overlap."""
+
+
+def near_pairs(boxes: FloatArray, reach: float) -> Iterator[IntArray]:
+    """Pairs (M, 2) of boxes (left, top, right, bottom) that lie within that reach along both axes, block by block.
+
+    Each pair comes once, the smaller index first.
+    """
+    if len(boxes) < 2:
+        return
+    grown = boxes + np.array([-reach, -reach, reach, reach]) / 2
+    origin, far = grown[:, :2].min(axis=0), grown[:, 2:].max(axis=0)
+    side = max(float(np.sqrt(np.prod(np.maximum(far - origin, 1.0)) * _BLOCK / len(boxes))), 1.0)
+    columns = int((far[0] - origin[0]) // side) + 1
+    low = ((grown[:, :2] - origin) // side).astype(np.int64)
+    spans = ((grown[:, 2:] - origin) // side).astype(np.int64) - low + 1
+    copies = np.prod(spans, axis=1)
+    number = np.repeat(np.arange(len(boxes)), copies)
+    inner = np.arange(len(number)) - np.repeat(np.cumsum(copies) - copies, copies)
+    width = spans[number, 0]
+    block = (low[number, 1] + inner // width) * columns + low[number, 0] + inner % width
+    order = np.argsort(block, kind="stable")
+    number, block = number[order], block[order]
+    edges = np.flatnonzero(np.diff(block, prepend=-1, append=-1))
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        here = number[start:stop]
+        if len(here) < 2:
+            continue
+        shapes: Any = shapely.box(*grown[here].T)
+        i, j = here[STRtree(shapes).query(shapes)]
+        # A pair belongs to the block that holds the first corner of what the two share.
+        corner = ((np.maximum(grown[i, :2], grown[j, :2]) - origin) // side).astype(np.int64)
+        mine = (i < j) & (corner[:, 1] * columns + corner[:, 0] == block[start])
+        if mine.any():
+            found = np.column_stack((i[mine], j[mine]))
+            yield found[np.lexsort((found[:, 1], found[:, 0]))]
+
+
+LINK = np.dtype([("pair", np.int64, 2), ("at_border", bool), ("common_px", np.float64)])
+"""Two pieces, the smaller index first; whether they meet at the common border of tiles that do not overlap; and the
+area that both cover."""
+
+
+def links(pieces: Pieces) -> NDArray[Any]:
+    """Pairs of pieces on different tiles, of one label, that show the same object: records of ``LINK``."""
+    found = [np.empty(0, LINK)]
+    for near in near_pairs(pieces.boxes, 2 * BORDER_PX):
+        i, j = near.T
+        apart = (pieces.view[i] != pieces.view[j]) & (pieces.task[i] != pieces.task[j])
+        near = near[apart & (pieces.label[i] == pieces.label[j])]
+        if len(near):
+            found.append(_linked(pieces, near))
+    return np.concatenate(found)
+
+
+def _linked(pieces: Pieces, near: IntArray) -> NDArray[Any]:
+    """Those of the pairs that show one object."""
+    numbers, where = np.unique(near, return_inverse=True)
+    shapes = pieces.fetch(numbers)
+    a, b = shapes[where.reshape(near.shape)].T
+    touching = shapely.dwithin(a, b, 2 * BORDER_PX)
+    near, a, b = near[touching], a[touching], b[touching]
+    both, which = np.unique(pieces.view[near], axis=0, return_inverse=True)
+    first, second = (
+        np.array([pieces.views[number].outline for number in side], dtype=object) for side in both.T.tolist()
+    )
+    strips = shapely.intersection(first, second)
+    is_strip = (shapely.area(strips) > shapely.length(strips) * BORDER_PX)[which.ravel()]
+    strip = strips[which.ravel()]
+    whole, sliver = pieces.is_whole[near], pieces.is_sliver[near]
+    links = np.zeros(len(near), LINK)
+    links["pair"] = near
+    links["at_border"] = ~is_strip & (shapely.length(strip) > 0) & ~np.asarray(whole.any(axis=1))
+    common = shapely.intersection(a, b)
+    links["common_px"] = shapely.area(common)
+    linked = np.zeros(len(near), bool)
+    at = is_strip
+    linked[at] = _is_shared(
+        a[at], b[at], common[at], strip[at], np.asarray(whole[at].all(axis=1)), sliver[at, 0] != sliver[at, 1]
+    )
+    at = links["at_border"]
+    linked[at] = _is_continued(a[at], b[at], strip[at])
+    return links[linked]
+
+
+def _is_shared(
+    a: Shapes, b: Shapes, common: Shapes, strip: Shapes, both_whole: BoolArray, one_sliver: BoolArray
+) -> BoolArray:
+    """Whether pairs of pieces show one object where their tiles overlap."""
+    area = shapely.area(common)
+    smaller = np.minimum(shapely.area(a), shapely.area(b))
+    shared = area >= _MIN_DUPLICATE * smaller
+    parts = np.flatnonzero(~both_whole & ~one_sliver)
+    if len(parts):
+        in_strip = np.minimum(
+            shapely.area(shapely.intersection(a[parts], strip[parts])),
+            shapely.area(shapely.intersection(b[parts], strip[parts])),
+        )
+        found = (area[parts] > 0) & (area[parts] >= _MIN_SHARED * in_strip)
+        # Two houses that share a wall at the edge of the strip may overlap there, by the width of a line.
+        doubtful = np.flatnonzero(found & (area[parts] < _MIN_SHARED * smaller[parts]))
+        found[doubtful] = ~shapely.is_empty(shapely.buffer(common[parts[doubtful]], -BORDER_PX / 2))
+        shared[parts] = found
+    return np.asarray(shared | one_sliver)
+
+
+def _is_continued(a: Shapes, b: Shapes, border: Shapes) -> BoolArray:
+    """Whether pairs of outlines reach the common border of their tiles at the same place."""
+    first, second = (
+        shapely.intersection(shapely.buffer(side, BORDER_PX, join_style="mitre"), border) for side in (a, b)
+    )
+    # The buffer has added its width at both ends.
+    shared = shapely.length(shapely.intersection(first, second)) - 2 * BORDER_PX
+    shorter = np.minimum(shapely.length(first), shapely.length(second)) - 2 * BORDER_PX
+    return np.asarray((shared > 0) & (shared >= _MIN_CONTACT * shorter))
+
+
+def _components(members: Iterable[int], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Members that pairs tie together, in order of each group's first."""
+    root = {i: i for i in members}
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for i, j in pairs:
+        a, b = find(i), find(j)
+        root[max(a, b)] = min(a, b)
+    groups: dict[int, list[int]] = {}
+    for i in root:
+        groups.setdefault(find(i), []).append(i)
+    return list(groups.values())
+
+
+def _joined(pieces: Pieces, shapes: dict[int, BaseGeometry], tied: Links, simplify_px: float) -> list[WholeObject]:
+    """The objects that linked pieces show.
+
+    Wholes count once, parts that a whole covers are not needed, what remains and is linked joins.
+    """
+    members = list(shapes)
+    stands_for = _owners(pieces, shapes, members, tied)
+    remaining = sorted(set(stands_for.values()))
+    joins = {pair: border for pair, border in tied.items() if all(stands_for[i] == i for i in pair)}
+    objects = []
+    for group in _components(remaining, joins):
+        outlines = {i: shapes[i] for i in group}
+        for (i, j), at_border in joins.items():
+            if at_border and i in outlines:
+                a, b = (pieces.views[int(pieces.view[k])] for k in (i, j))
+                border = a.outline.intersection(b.outline)
+                outlines[i], outlines[j] = (_snapped(outlines[k], border) for k in (i, j))
+        shape = outlines[group[0]] if len(group) == 1 else _union(list(outlines.values()), simplify_px)
+        objects.append(WholeObject(shape, tuple(i for i in members if stands_for[i] in outlines), len(group)))
+    return objects
+
+
+def _owners(pieces: Pieces, shapes: dict[int, BaseGeometry], members: list[int], tied: Links) -> dict[int, int]:
+    """For each piece the one whose outline counts: itself, or a whole that shows the same."""
+    owners = {i: i for i in members}
+    wholes = [i for i in members if pieces.is_whole[i]]
+    between = [pair for pair in tied if all(pieces.is_whole[i] for i in pair)]
+    for same in _components(wholes, between):
+        if len(same) > 1:
+            owners.update(
+                dict.fromkeys(same, max(same, key=lambda i: _claim(shapes[i], pieces.views[int(pieces.view[i])])))
+            )
+    kept = sorted({owners[i] for i in wholes})
+    parts = sorted(set(members).difference(wholes))
+    if kept and parts:
+        ground = shapely.union_all([shapes[i] for i in kept])
+        for i in parts:
+            part = shapes[i]
+            if part.intersection(ground).area >= _MIN_COVERED * part.area:
+                shared = [shapes[k].intersection(part).area for k in kept]
+                owners[i] = kept[int(np.argmax(shared))]
+    for i in members:
+        if not pieces.is_sliver[i]:
+            continue
+        near = [pair[pair[0] == i] for pair, at_border in tied.items() if i in pair and not at_border]
+        near = [k for k in near if not pieces.is_sliver[k]]
+        if near:
+            reach = shapes[i].buffer(2 * BORDER_PX)
+            shared = [shapes[k].intersection(reach).area for k in near]
+            owners[i] = owners[near[int(np.argmax(shared))]]
+    return owners
+
+
+def _claim(shape: BaseGeometry, view: View) -> tuple[bool, float]:
+    """How good a tile's claim to an object is: its core holds it, else it lies far from the border."""
+    point = shape.representative_point()
+    return view.core is not None and bool(view.core.covers(point)), float(view.outline.exterior.distance(point))
+
+
+def _snapped(shape: BaseGeometry, border: BaseGeometry) -> BaseGeometry:
+    """The shape with the points that all but touch the border moved onto it."""
+    ends = shapely.get_coordinates(border)
+    start, length = ends[0], float(np.hypot(*(ends[-1] - ends[0])))
+    along = (ends[-1] - start) / length
+    across = np.array([-along[1], along[0]])
+
+    def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        off, at = (points - start) @ across, (points - start) @ along
+        near = (np.abs(off) <= BORDER_PX) & (at >= -BORDER_PX) & (at <= length + BORDER_PX)
+        return points - np.outer(np.where(near, off, 0.0), across)
+
+    snapped = shapely.union_all(vectorize.repair(shapely.transform(shape, moved)))
+    return shape if snapped.is_empty else snapped
+
+
+def _union(shapes: list[BaseGeometry], tolerance_px: float) -> BaseGeometry:
+    """One outline; without the cracks that two hands leave along a seam."""
+    joined = shapely.union_all(shapes)
+    filled = [
+        Polygon(part.exterior, [ring for ring in part.interiors if Polygon(ring).area >= 4 * BORDER_PX**2])
+        for part in vectorize.repair(joined)
+    ]
+    simple = shapely.simplify(shapely.union_all(filled), tolerance_px, preserve_topology=True)
+    return simple if simple.is_valid and not simple.is_empty else joined

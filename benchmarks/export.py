@@ -1,0 +1,235 @@
+"""How fast annotations become GeoJSON, beside the loop that most scripts use, and how much memory that takes.
+
+    python -m benchmarks.export --annotations 20000
+
+Makes a Label Studio export of a made-up town (rotated and L-shaped buildings on overlapping tiles), then, in one run:
+
+* *loop*: what scripts commonly do: ``json.load``; for each region a ``shapely.Polygon``, for each point a call of
+  ``Transformer.transform``; ``json.dump``. Seams are not merged, nothing is checked. Three variants, as scripts differ
+  in where they make the transformer: once, for each annotation, for each point (the slow two on a sample, scaled up).
+* *ours*: `backend.export`, with seams merged and without.
+* *floor*: what is left when all else is free: ``json.load`` of the input, PROJ on one array of all points, pyogrio
+  writing finished geometries.
+
+All figures are processor time.
+
+``--memory`` runs only our export of that many annotations in this process and prints its greatest resident size;
+with two sizes the slope tells what a million take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyproj
+import shapely
+from affine import Affine
+from shapely import affinity
+from shapely.geometry import Polygon, mapping
+
+from backend.annotations import tasks_in
+from backend.export import ExportOptions, export
+from backend.tile import Tile
+
+TILE_PX, OVERLAP_PX, SPACING_PX = 512, 64, 80
+CRS = "EPSG:32645"
+
+
+def make_export(path: Path, annotations: int, *, seed: int = 0) -> int:
+    """Write a Label Studio export of about that many regions, task by task. Returns how many regions there are."""
+    rng = np.random.default_rng(seed)
+    step = TILE_PX - OVERLAP_PX
+    per_tile = ((TILE_PX + SPACING_PX / 2) / SPACING_PX) ** 2
+    columns = max(1, round(np.sqrt(annotations / per_tile)))
+    rows = max(1, round(annotations / per_tile / columns))
+    scene = Tile((columns * step + OVERLAP_PX, rows * step + OVERLAP_PX), CRS, Affine(0.2, 0, 354000, 0, -0.2, 3057000))
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        before = "["
+        bands: dict[int, list[Polygon]] = {}
+        for row in range(rows):
+            top = row * step
+            lines = range(int(top // SPACING_PX) - 1, int((top + TILE_PX) // SPACING_PX) + 2)
+            for line in lines:
+                if line not in bands:
+                    bands[line] = [_building(x, line * SPACING_PX, rng) for x in range(0, scene.size[0], SPACING_PX)]
+            bands = {line: bands[line] for line in lines}
+            buildings = np.array([shape for line in lines for shape in bands[line]], dtype=object)
+            tree = shapely.STRtree(buildings)
+            for column in range(columns):
+                task = _task(
+                    row * columns + column + 1, scene.crop(column * step, top, TILE_PX, TILE_PX), buildings, tree
+                )
+                written += len(task["annotations"][0]["result"])
+                file.write(before + json.dumps(task))
+                before = ","
+        file.write("]")
+    return written
+
+
+def _building(x: float, y: float, rng: np.random.Generator) -> Polygon:
+    width, height = rng.uniform(24, 44, 2)
+    cut_x, cut_y = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.3, 0.7)
+    corners = [(0, 0), (width, 0), (width, cut_y), (cut_x, cut_y), (cut_x, height), (0, height)]
+    if rng.random() < 0.4:
+        corners = [(0, 0), (width, 0), (width, height), (0, height)]
+    shape = affinity.rotate(Polygon(corners), rng.uniform(0, 90))
+    return affinity.translate(shape, x + rng.uniform(5, 25), y + rng.uniform(5, 25))
+
+
+def _task(number: int, tile: Tile, buildings: Any, tree: shapely.STRtree) -> dict[str, Any]:
+    assert tile.window is not None
+    column, row = tile.window[:2]
+    window = shapely.box(column, row, column + TILE_PX, row + TILE_PX)
+    near = buildings[np.sort(tree.query(window, predicate="intersects"))]
+    parts = shapely.get_parts(shapely.intersection(near, window))
+    results = [
+        {
+            "id": f"{number}-{k}",
+            "type": "polygonlabels",
+            "from_name": "label",
+            "to_name": "image",
+            "original_width": TILE_PX,
+            "original_height": TILE_PX,
+            "image_rotation": 0,
+            "value": {
+                "points": ((shapely.get_coordinates(part)[:-1] - (column, row)) * (100 / TILE_PX)).tolist(),
+                "closed": True,
+                "polygonlabels": ["building"],
+            },
+        }
+        for k, part in enumerate(parts)
+        if part.geom_type == "Polygon" and part.area > 1
+    ]
+    return {
+        "id": number,
+        "data": {"image": f"http://localhost/{number}.jpg", "tile": tile.to_record()},
+        "annotations": [
+            {
+                "id": number,
+                "completed_by": number % 5,
+                "created_at": "2025-01-01T00:00:00Z",
+                "updated_at": "2025-01-01T00:00:00Z",
+                "lead_time": 30.0,
+                "result": results,
+            }
+        ],
+        "predictions": [],
+    }
+
+
+def regions_of(tasks: list[dict[str, Any]]) -> Iterator[tuple[list[list[float]], list[float], dict[str, Any]]]:
+    """Points in percent, the transform of the tile, and the task, of each region."""
+    for task in tasks:
+        for annotation in task["annotations"]:
+            for result in annotation["result"]:
+                yield result["value"]["points"], task["data"]["tile"]["transform"], task
+
+
+def loop(source: Path, out: Path, transformer_made: str, *, at_most: int | None = None) -> int:
+    """The common loop. Returns how many regions it wrote."""
+    with source.open(encoding="utf-8") as file:
+        tasks = json.load(file)
+    transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
+    features: list[dict[str, Any]] = []
+    for points, (a, b, c, d, e, f), task in regions_of(tasks):
+        if at_most is not None and len(features) >= at_most:
+            break
+        if transformer_made == "for each annotation":
+            transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
+        ring = []
+        for x_pct, y_pct in points:
+            x, y = x_pct / 100 * TILE_PX, y_pct / 100 * TILE_PX
+            if transformer_made == "for each point":
+                transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
+            ring.append(transformer.transform(a * x + b * y + c, d * x + e * y + f))
+        properties = {"label": "building", "task": task["id"]}
+        features.append({"type": "Feature", "properties": properties, "geometry": mapping(Polygon(ring))})
+    with out.open("w", encoding="utf-8") as file:
+        json.dump({"type": "FeatureCollection", "features": features}, file)
+    return len(features)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How much processor time the work takes: unlike the time on the clock, other programs do not change it much."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def compare(annotations: int, sample: int) -> None:
+    """Print what each way costs, in microseconds a region, and how many times faster ours is."""
+    import geopandas
+    import pyogrio
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "tasks.json", Path(folder) / "out.geojson"
+        count = make_export(source, annotations)
+        print(f"{count} regions, {source.stat().st_size / 1e6:.1f} MB")
+        costs: dict[str, float] = {}
+
+        def keep(name: str, work: Callable[[], Any], units: int) -> None:
+            costs[name] = min(seconds(work) for _ in range(2)) / units * 1e6
+            print(f"{name:52} {costs[name]:9.1f} us a region")
+
+        reading = min(seconds(lambda: json.loads(source.read_text(encoding="utf-8"))) for _ in range(2))
+        costs["floor: json.load"] = reading / count * 1e6
+        print(f"{'floor: json.load':52} {costs['floor: json.load']:9.1f} us a region")
+        keep("loop, transformer made once", lambda: loop(source, out, "once"), count)
+        for made in ("for each annotation", "for each point"):
+            # Reading the whole input is taken off and put back, since only a sample is worked through.
+            spent = seconds(lambda made=made: loop(source, out, made, at_most=sample)) - reading  # type: ignore[misc]
+            costs[f"loop, transformer made {made}"] = spent / min(sample, count) * 1e6 + costs["floor: json.load"]
+            print(f"{'loop, transformer made ' + made:52} {costs[f'loop, transformer made {made}']:9.1f} us a region")
+        keep("ours, outlines as drawn", lambda: export(tasks_in(source), out, options=ExportOptions(False)), count)
+        frame = geopandas.read_file(out)
+        keep("ours, seams merged", lambda: export(tasks_in(source), out), count)
+
+        points = np.concatenate([np.array(points) for points, _, _ in regions_of(json.loads(source.read_text()))])
+        transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
+        keep("floor: PROJ, one array", lambda: transformer.transform(points[:, 0] + 354000, points[:, 1] + 3e6), count)
+        layer_options = {"RFC7946": "YES", "WRITE_BBOX": "YES", "COORDINATE_PRECISION": "7"}
+        plain = frame[["id", "label", "score", "area_m2", "scene", "geometry"]]
+        keep(
+            "floor: pyogrio to GeoJSON, five attributes",
+            lambda: pyogrio.write_dataframe(plain, out, use_arrow=True, layer_options=layer_options),
+            len(plain),
+        )
+        for ours in ("ours, outlines as drawn", "ours, seams merged"):
+            for name, cost in costs.items():
+                if name.startswith("loop"):
+                    print(f"{ours}: {cost / costs[ours]:.1f} times faster than the {name}")
+        floor = sum(cost for name, cost in costs.items() if name.startswith("floor"))
+        print(f"distance to the floor (all three): {costs['ours, seams merged'] / floor:.2f}")
+
+
+def memory(annotations: int, ending: str) -> None:
+    """Print the greatest resident size of an export of that many regions."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "tasks.json"
+        count = make_export(source, annotations)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        spent = seconds(lambda: export(tasks_in(source), Path(folder) / f"out.{ending}"))
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{count} regions to .{ending}: {after:.0f} MB at most (before: {before:.0f} MB), {spent:.1f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", type=int, default=20_000, help="regions, about")
+    parser.add_argument("--sample", type=int, default=200, help="regions for the slow variants of the loop")
+    parser.add_argument("--memory", action="store_true", help="only our export, and its greatest resident size")
+    parser.add_argument("--ending", default="geojson", help="format of --memory")
+    args = parser.parse_args()
+    if args.memory:
+        memory(args.annotations, args.ending)
+    else:
+        compare(args.annotations, args.sample)
