@@ -281,6 +281,16 @@ class LabelStudio:
         body = {"result": list(result), **fields}
         return self._object(self._call("POST", f"/api/tasks/{task_id:d}/annotations/", body=body), "/api/tasks/")
 
+    def annotation(self, annotation_id: int) -> Json:
+        """One annotation as it is now."""
+        path = f"/api/annotations/{annotation_id:d}/"
+        return self._object(self._call("GET", path), path)
+
+    def update_annotation(self, annotation_id: int, **fields: Any) -> Json:
+        """The annotation after those fields were set. Label Studio has no way to say "unless it changed meanwhile"."""
+        path = f"/api/annotations/{annotation_id:d}/"
+        return self._object(self._call("PATCH", path, body=fields), path)
+
     def delete_annotation(self, annotation_id: int) -> None:
         """Afterwards there is no such annotation, whether or not there was one."""
         try:
@@ -297,6 +307,17 @@ class LabelStudio:
         params = {"id": "retrieve_tasks_predictions", "project": project_id}
         answer = self._call("POST", "/api/dm/actions", params=params, body=body, timeout_s=_ACTION_TIMEOUT_S)
         return self._object(answer, "/api/dm/actions")
+
+    # Tabs of the Data Manager
+
+    def views(self, project_id: int) -> list[Json]:
+        """The Data Manager's tabs of a project, its filters and columns under ``data``."""
+        return self._list(self._call("GET", "/api/dm/views/", params={"project": project_id}), "/api/dm/views/")
+
+    def create_view(self, project_id: int, data: Mapping[str, Any]) -> Json:
+        """A new tab. ``data`` is the API's own: ``title``, ``type``, ``filters``, ``hiddenColumns``."""
+        body = {"project": project_id, "data": dict(data)}
+        return self._object(self._call("POST", "/api/dm/views/", body=body), "/api/dm/views/")
 
     # Backends and webhooks
 

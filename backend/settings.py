@@ -60,8 +60,11 @@ class Settings(BaseSettings):
 
     segmenter: str = Field("compact", validation_alias="GEOPRELABEL_SEGMENTER")
     device: str = Field("cpu", validation_alias="DEVICE")
-    model_score_threshold: float = Field(0.75, validation_alias="MODEL_SCORE_THRESHOLD", ge=0, le=1)
-    """Automatic polygons below this score are left out, unless the tag's model_score_threshold says another."""
+    model_score_threshold: float = Field(0.3, validation_alias="MODEL_SCORE_THRESHOLD", ge=0, le=1)
+    """Automatic polygons less likely right than this are left out, unless the tag's model_score_threshold is set."""
+
+    regularize: bool = Field(False, validation_alias="GEOPRELABEL_REGULARIZE")
+    """Make outlines of buildings right-angled, pre-labels and answers to clicks, where that is as good."""
 
     start_training_each_n_updates: int = Field(20, validation_alias="START_TRAINING_EACH_N_UPDATES", ge=1)
     training_quiet_s: float = Field(10.0, validation_alias="GEOPRELABEL_TRAINING_QUIET_S", ge=0)
@@ -72,6 +75,18 @@ class Settings(BaseSettings):
 
     predict_budget_s: float = Field(80.0, validation_alias="GEOPRELABEL_PREDICT_BUDGET_S", gt=0)
     """A batch stops here and answers ``[]`` for what is left: Label Studio waits 100 s."""
+
+    comment_invalid: bool = Field(False, validation_alias="GEOPRELABEL_COMMENT_INVALID")
+    """Write what is wrong with a region into its notes in Label Studio, where its annotator reads it."""
+
+    max_overlap: float = Field(0.1, validation_alias="GEOPRELABEL_MAX_OVERLAP", ge=0, le=1)
+    """Share of the smaller of two outlines of one label that the other may cover without being reported."""
+
+    min_area_m2: float = Field(1.0, validation_alias="GEOPRELABEL_MIN_AREA_M2", ge=0)
+    """Regions below this are reported where the tile has a place, in square metres."""
+
+    min_area_px: float = Field(10.0, validation_alias="GEOPRELABEL_MIN_AREA_PX", ge=0)
+    """The same for images without a place, in square pixels."""
 
     embedding_cache_mb: int = Field(256, validation_alias="GEOPRELABEL_EMBEDDING_CACHE_MB", ge=0)
     image_max_mb: int = Field(100, validation_alias="GEOPRELABEL_IMAGE_MAX_MB", gt=0)

@@ -40,6 +40,8 @@ def render(facts: Mapping[str, Any]) -> str:
         + _training(facts["training"])
         + "<h2>Model versions</h2>"
         + _versions(facts["versions"])
+        + "<h2>Annotations to look at</h2>"
+        + _findings(facts["findings"], facts["finding_counts"])
         + "<h2>Last problems</h2>"
         + _problems(facts["problems"])
         + "</html>"
@@ -79,6 +81,23 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
         for v in versions
     ]  # fmt: skip
     return _table(("Project", "Version", "Made (UTC)", "Note"), rows)
+
+
+def _findings(findings: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> str:
+    if not findings:
+        return "<p class=quiet>None. Annotations are checked each time they are saved.</p>"
+    rows = [
+        (_ago(f["when"]), escape(f["project"].split(".")[0]), _linked(str(f["task"]), f["url"]), str(f["annotation"]),
+         escape(f["region"]), escape(f["reason"]), escape(f["message"]))
+        for f in findings
+    ]  # fmt: skip
+    summary = ", ".join(f"{count} × {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
+    head = ("When", "Project", "Task", "Annotation", "Region", "Reason", "What, and the way out")
+    return f"<p class=quiet>{escape(summary)}</p>" + _table(head, rows)
+
+
+def _linked(text: str, url: str | None) -> str:
+    return f"<a href='{escape(url)}'>{escape(text)}</a>" if url else escape(text)
 
 
 def _problems(problems: Sequence[Mapping[str, Any]]) -> str:
