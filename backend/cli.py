@@ -289,7 +289,8 @@ def train(
 @app.command()
 def export(
     out: Annotated[
-        Path, typer.Option(help="File to write; its ending says the format: .geojson .gpkg .parquet .fgb .shp")
+        Path,
+        typer.Option(help="File to write; its ending says how: .geojson .geojsonl .parquet .gpkg .fgb .shp"),
     ],
     project: Annotated[int | None, typer.Option(help="Label Studio's project number.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="A Label Studio JSON export instead of the server.")] = None,
@@ -301,40 +302,97 @@ def export(
         bool, typer.Option("--allow-ballpark", help="Also where PROJ's way to EPSG:4326 is coarser than a pixel.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write a report as an HTML page.")] = None,
+    format: Annotated[
+        str, typer.Option(help="A dataset for training instead: coco (a .json), yolo or stac (a folder).")
+    ] = "",
+    annotations_from: Annotated[
+        str, typer.Option(help="Of several annotations of a task: ground_truth (else the newest), latest, or all.")
+    ] = "ground_truth",
+    edits: Annotated[
+        Path | None, typer.Option(help="A .gpkg of an earlier export, edited in QGIS: its edits count, by id.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Reviewed annotations as vectors on Earth (EPSG:4326), valid, and whole across tile borders.
 
     Example: geoprelabel export --project 3 --out buildings.geojson
     """
+    from .edits import read_edits
     from .export import ExportOptions
     from .export import export as run
-    from .service import annotated_tasks
+    from .service import annotated_tasks, task_images
 
     if (project is None) == (annotations is None):
         raise typer.BadParameter("give --project N or --annotations EXPORT.json")
     settings = _settings()
-    options = ExportOptions(on_invalid=on_invalid, merge_seams=merge_seams, allow_ballpark=allow_ballpark)
-    with _bar("exporting"), annotated_tasks(settings, project, annotations) as (tasks, label_config):
-        done = run(tasks, out, options=options, label_config=label_config, report_path=report)
+    options = ExportOptions(
+        on_invalid=on_invalid,
+        merge_seams=merge_seams,
+        allow_ballpark=allow_ballpark,
+        format=format,
+        annotations_from=annotations_from,
+    )
+    changed = read_edits(edits) if edits else None
+    with (
+        _bar("exporting"),
+        annotated_tasks(settings, project, annotations) as (tasks, label_config),
+        task_images(settings) as image_of,
+    ):
+        done = run(
+            tasks,
+            out,
+            options=options,
+            label_config=label_config,
+            report_path=report,
+            image_of=image_of,
+            edits=changed,
+        )
     _print(asdict(done), as_json, done.sentence())
 
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(help="An exported vector file.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="An exported vector file, or a JSON export of Label Studio.")
+    ] = None,
+    project: Annotated[
+        int | None, typer.Option(help="Check this project's annotations in Label Studio instead.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Label config that says which labels there are.")] = None,
+    max_overlap: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of an outline that others of its label may cover.")
+    ] = None,
+    min_area_m2: Annotated[float | None, typer.Option(min=0, help="Smallest object, in square metres.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an export: rings, places, schema. Exit code 1 where something was found.
+    """Check an export or annotations: topology, places, labels, schema. Exit code 1 where something was found.
 
     Example: geoprelabel validate buildings.geojson
     """
-    from .export import validate as run
+    from .service import client_of
+    from .validation import Limits, counted, task_findings
+    from .validation import validate as run
 
-    _settings()
-    findings = run(file)
-    listed = [asdict(finding) for finding in findings]
-    _print({"findings": listed}, as_json, "\n".join(str(f) for f in findings) or f"{file}: nothing found")
+    if (file is None) == (project is None):
+        raise typer.BadParameter("give a FILE or --project N")
+    settings = _settings(max_overlap=max_overlap, min_area_m2=min_area_m2)
+    limits = Limits(settings.max_overlap, settings.min_area_m2, settings.min_area_px)
+    label_config = config.read_text(encoding="utf-8") if config else None
+    with _bar("checking"):
+        if project is not None:
+            with client_of(settings) as label_studio:
+                label_config = label_config or label_studio.project(project)["label_config"]
+                tasks = label_studio.tasks(project, only_annotated=True)
+                findings = list(task_findings(tasks, label_config=label_config, limits=limits))
+        else:
+            assert file is not None  # checked above
+            findings = run(file, label_config=label_config, limits=limits)
+    counts = counted(findings)
+    lines = [*map(str, findings), *([""] if findings else []), *(f"{n} x {reason}" for reason, n in counts.items())]
+    _print(
+        {"counts": counts, "findings": [asdict(finding) for finding in findings]}, as_json,
+        "\n".join(lines) if findings else f"{file or f'project {project}'}: nothing found",
+    )  # fmt: skip
     if findings:
         raise typer.Exit(1)
 
@@ -349,7 +407,7 @@ def evaluate(
 
     Example: geoprelabel evaluate buildings.geojson truth.geojson
     """
-    from .export import evaluate as run
+    from .evaluation import evaluate as run
 
     _settings()
     figures = asdict(run(predicted, truth))

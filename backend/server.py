@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from .errors import (
     LabelStudioError,
     UnknownVersion,
 )
+from .findings import Finding
 from .service import PredictRequest, Service
 from .settings import Settings
 
@@ -72,6 +74,7 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.extensions["service"] = service
     metrics = Metrics()
+    service.reviews.on_found = metrics.found
     _clock(app, metrics)
     _guard(app, settings)
     _control_routes(app, service, metrics)
@@ -253,6 +256,10 @@ class Metrics:
         self._tasks = Counter(
             "geoprelabel_tasks_total", "Tasks predicted", ["kind", "outcome"], registry=self._registry
         )
+        self._findings = Counter(
+            "geoprelabel_findings_total", "Things wrong with annotations, when first seen", ["reason"],
+            registry=self._registry,
+        )  # fmt: skip
         self._ready = Gauge(
             "geoprelabel_ready", "Whether the model is loaded", registry=self._registry, multiprocess_mode="mostrecent"
         )
@@ -269,6 +276,11 @@ class Metrics:
         failed = len(asked.tasks) if results is None else sum(item == [] for item in results)
         self._tasks.labels(kind, "failed").inc(failed)
         self._tasks.labels(kind, "done").inc(len(asked.tasks) - failed)
+
+    def found(self, findings: Sequence[Finding]) -> None:
+        """Note what a check found."""
+        for finding in findings:
+            self._findings.labels(finding.reason).inc()
 
     def render(self, service: Service) -> bytes:
         """All metrics as text, those of the other server processes included."""

@@ -9,24 +9,30 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from . import labelstudio
+from . import labelstudio, validation
+from .annotations import tasks_in
 from .client import LabelStudio
 from .errors import BackendError, BadRequest, BadTile, LabelStudioError
+from .findings import Finding, Findings
 from .flight import SingleFlight
 from .images import Image, ImageStore
 from .jobs import Jobs
 from .labelstudio import LabelConfig, PolygonTag, PromptRequest
-from .predictor import Loaded, Predictor
+from .predictor import BUILDING, Loaded, Predictor
 from .problems import Problems
 from .registry import Registry
+from .regularize import metric_frame, regularized
+from .review import Reviews
 from .segmenter import Segmenter
 from .settings import Settings
+from .sketch import ImageOf
 from .tile import Region, Tile
 from .vectorize import VectorizeOptions
 
@@ -91,6 +97,8 @@ class Service:
         self.predictor = Predictor(settings, self.registry, segmenter=segmenter)
         self.jobs = Jobs(settings)
         self.problems = Problems(settings.data_dir)
+        self.findings = Findings(settings.data_dir)
+        self.reviews = Reviews(settings, self.findings, self.problems, lambda: client_of(settings))
         self.images = ImageStore(settings, client_of(settings) if settings.label_studio_url else None)
         self._answers: SingleFlight[list[Json]] = SingleFlight()
         # Two: one tile's image is fetched and its outlines traced while the model is at another's.
@@ -104,6 +112,7 @@ class Service:
 
     def close(self) -> None:
         """Finish what runs and let go of everything."""
+        self.reviews.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.predictor.stop()
 
@@ -151,6 +160,9 @@ class Service:
         if action == "START_TRAINING":
             started = self.jobs.start(project)
             return {"job": project, "status": "started" if started else "already training; goes on with what is new"}
+        if action == "ANNOTATION_UPDATED" and self.reviews.is_own(payload.get("annotation")):
+            return {"status": "our own note"}
+        self.reviews.note(payload, project)
         if action in _CHANGES:
             count = _changed(payload.get(_CHANGES[action]))
             started = self.jobs.changed(project, count) if count else False
@@ -186,8 +198,28 @@ class Service:
                                    "started": run.started, "finished": run.finished, "version": run.version,
                                    "changes_since": self.jobs.ask(project).changes}
                          for project, run in self.jobs.runs().items()},
+            "checks_waiting": self.reviews.waiting,
+            "finding_counts": self.findings.counts(),
+            "findings": [{"when": kept.checked, "project": kept.project, "task": kept.finding.task,
+                          "annotation": kept.finding.annotation, "region": kept.finding.region,
+                          "reason": kept.finding.reason, "message": kept.finding.message,
+                          "url": self._task_url(kept.project, kept.finding)}
+                         for kept in self.findings.recent()],
             "problems": [{"when": p.when, "where": p.where, "message": p.message} for p in self.problems.recent()],
         }  # fmt: skip
+
+    def _task_url(self, project: str, finding: Finding) -> str | None:
+        """Where Label Studio shows what was found: its own "Copy Region Link"."""
+        number = project.split(".")[0]
+        if not self.settings.label_studio_url or not number.isdigit() or finding.task is None:
+            return None
+        # Label Studio shows such a region alone, and of an overlap one wants to see both.
+        is_alone = finding.region and finding.reason not in (validation.OVERLAP, validation.DUPLICATE)
+        region = f"&region={quote(finding.region)}" if is_alone else ""
+        return (
+            f"{self.settings.label_studio_url}/projects/{number}/data"
+            f"?task={finding.task}&annotation={finding.annotation}{region}"
+        )
 
     # --- Pre-labels and answers ---
 
@@ -227,7 +259,7 @@ class Service:
         try:
             if not isinstance(task, Mapping):
                 raise BadRequest(f"a task must be an object, got {type(task).__name__}")
-            results = [result for tag in config.wanted_tags for result in self._pre_label(model, task, tag)]
+            results = [result for tag in config.wanted_tags for result in self._pre_label(model, config, task, tag)]
         except BackendError as error:
             self.problems.add(where, error)
             return None
@@ -238,20 +270,28 @@ class Service:
             return None
         return labelstudio.prediction_of(results, version=model.version)
 
-    def _pre_label(self, model: Loaded, task: Mapping[str, Any], tag: PolygonTag) -> list[Json]:
+    def _pre_label(self, model: Loaded, config: LabelConfig, task: Mapping[str, Any], tag: PolygonTag) -> list[Json]:
         image, tile = self._open(task, tag)
         labels = tag.match(model.segmenter.labels)
+        scale = self._scale(model, config, tag, image, tile)
         threshold = tag.model_score_threshold
         min_score = self.settings.model_score_threshold if threshold is None else threshold
 
         def compute() -> list[Json]:
             regions = self.predictor.automatic(
-                model, image.rgb, image.key, labels, options=_pre_label_options(tile), min_score=min_score
+                model,
+                image.rgb,
+                image.key,
+                labels,
+                options=_pre_label_options(tile),
+                min_score=min_score,
+                scale=scale,
+                frame=metric_frame(tile) if self.settings.regularize else None,
             )
             return self._results(regions, task, tag, tile, model)
 
         # Label Studio often asks twice when a task is opened, and would store two predictions.
-        key = (task_identity(task), tag.from_name, image.key, model.version, tuple(labels.items()), min_score)
+        key = (task_identity(task), tag.from_name, image.key, model.version, tuple(labels.items()), min_score, scale)
         return self._answers.do(key, compute)
 
     def _answer_prompt(
@@ -262,20 +302,47 @@ class Service:
         request = labelstudio.read_prompts(context, config, tile.size)
         if request is None or request.prompts.is_empty:
             return labelstudio.prediction_of([], version=model.version)
-        regions = self.predictor.prompted(model, image.rgb, image.key, request.prompts, options=VectorizeOptions())
-        label = self._label(model, image, regions, request)
-        regions = [replace(region, label=label) for region in regions]
-        return labelstudio.prediction_of(self._results(regions, task, request.tag, tile, model), version=model.version)
+        scale = self._scale(model, config, request.tag, image, tile)
+        regions = self.predictor.prompted(
+            model, image.rgb, image.key, request.prompts, options=VectorizeOptions(), scale=scale
+        )
+        tag, label = self._label(model, config, image, regions, request, scale)
+        outlines = [region.polygon for region in regions]
+        if self.settings.regularize and label in tag.match([BUILDING]).values():
+            outlines = regularized(outlines, frame=metric_frame(tile), size=tile.size)
+        regions = [replace(r, label=label, polygon=outline) for r, outline in zip(regions, outlines, strict=True)]
+        return labelstudio.prediction_of(self._results(regions, task, tag, tile, model), version=model.version)
 
-    def _label(self, model: Loaded, image: Image, regions: list[Region], request: PromptRequest) -> str:
-        """The class of a prompted object: the annotator's word, the only label, or what the model sees there."""
+    def _label(
+        self,
+        model: Loaded,
+        config: LabelConfig,
+        image: Image,
+        regions: Sequence[Region],
+        request: PromptRequest,
+        scale: float,
+    ) -> tuple[PolygonTag, str]:
+        """Tag and class of a prompted object: the annotator's word, the only label, or what the model sees there.
+
+        No label where the model sees none of its own: it may be one that nothing knows yet.
+        """
         if request.label:
-            return request.label
-        labels = [label.value for label in request.tag.labels]
+            return request.tag, request.label
+        tags = _tags_beside(config, request.tag)
+        labels = {label.value: tag for tag in reversed(tags) for label in tag.labels}
         if len(labels) == 1:
-            return labels[0]
-        known = request.tag.match(model.segmenter.labels)
-        return self.predictor.class_of(model, image.rgb, image.key, regions, known) or ""
+            label, tag = labels.popitem()
+            return tag, label
+        known = {
+            name: (tag, label) for tag in reversed(tags) for name, label in tag.match(model.segmenter.labels).items()
+        }
+        best = self.predictor.class_of(model, image.rgb, image.key, regions, known, scale=scale)
+        return (request.tag, "") if best is None else known[best]
+
+    def _scale(self, model: Loaded, config: LabelConfig, tag: PolygonTag, image: Image, tile: Tile) -> float:
+        """The same for clicks and pre-labels, so that they share an embedding."""
+        classes = {name for each in _tags_beside(config, tag) for name in each.match(model.segmenter.labels)}
+        return self.predictor.working_scale(model, image.rgb, tile.gsd_m, classes)
 
     def _open(self, task: Mapping[str, Any], tag: PolygonTag) -> tuple[Image, Tile]:
         url = labelstudio.image_of(task, tag)
@@ -354,12 +421,21 @@ def annotated_tasks(
     An export does not hold the label config: None then.
     """
     if file is not None:
-        yield read_tasks(file), None
+        yield tasks_in(file), None
         return
     assert project_id is not None
     with client_of(settings) as label_studio:
         label_config = label_studio.project(project_id)["label_config"]
         yield label_studio.tasks(project_id, only_annotated=True), label_config
+
+
+@contextmanager
+def task_images(settings: Settings) -> Iterator[ImageOf]:
+    """Images of tasks by address and task number, fetched only from where they may come; raising BackendError."""
+    with ExitStack() as stack:
+        label_studio = stack.enter_context(client_of(settings)) if settings.label_studio_url else None
+        images = stack.enter_context(closing(ImageStore(settings, label_studio)))
+        yield lambda url, task_id: images.fetch(url, task_id=task_id).rgb
 
 
 def read_tasks(path: Path) -> list[Json]:
@@ -385,6 +461,11 @@ def client_of(settings: Settings) -> LabelStudio:
             "LABEL_STUDIO_URL is not set; it says where Label Studio answers, e.g. http://localhost:8080"
         )
     return LabelStudio(settings.label_studio_url, settings.label_studio_api_key.get_secret_value())
+
+
+def _tags_beside(config: LabelConfig, tag: PolygonTag) -> Sequence[PolygonTag]:
+    """The tags on a tag's image that predictions are wanted for, in the config's order; the tag itself if none."""
+    return [each for each in config.wanted_tags if each.to_name == tag.to_name] or [tag]
 
 
 def _pre_label_options(tile: Tile) -> VectorizeOptions:

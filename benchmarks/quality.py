@@ -1,15 +1,25 @@
 """How good the outlines are: clicks and boxes of a simulated annotator, and pre-labels, on labelled tiles.
 
-    python benchmarks/quality.py DATA [--match 19_386694] [--mode clicks boxes auto] [--limit 100] [--baseline grabcut]
+    python benchmarks/quality.py DATA [--match 19_386694 19_386695] [--mode clicks boxes auto] [--limit 100]
+    python benchmarks/quality.py --held-out DIR [--weights FILE] [--json OUT]
+    python benchmarks/quality.py DATA --learning-curve [--learn NAME …] [--judge NAME …]
 
 DATA holds ``images/`` and ``labels/px/*.geojson`` (or ``labels/*.geojson``): polygons in pixels, with ``touches_edge``.
+DIR holds the data folders that the weights are trained from, of which the held-out places are judged.
 
 clicks  The first click at the deepest point of the object, each further one at the deepest point of the largest error.
         Mean IoU after 1, 3 and 5 clicks; NoC@85 is the mean number of clicks to IoU .85, at most --max-clicks.
 boxes   One box an object, its bounds with 5 % jitter. Mean and median IoU.
-auto    No prompt. Polygons matched one to one with the truth at IoU .5: precision, recall, F1.
+auto    No prompt. Polygons matched one to one with the truth at IoU .5: precision, recall, F1; then what became of each
+        object (found, merged, split, poor outline, missed) and of each polygon, by size; and whether scores are right.
 
-Whole objects of at least 150 px are judged. ``--baseline grabcut`` gives the same clicks to OpenCV's GrabCut.
+Whole objects of at least 150 px are judged by clicks and boxes, all of at least 150 px by pre-labels. The backend is
+asked as Label Studio asks it, without HTTP. ``--weights`` judges another file, whose ``.sha256`` lies beside it.
+``--baseline grabcut`` gives the same clicks to OpenCV's GrabCut.
+
+``--learning-curve`` trains a project's heads on 0, 2, 5, … tiles of one place and judges pre-labels on another: what an
+annotator gets for labelling. ``--unknown`` gives the class a name that the weights do not know, so that its head starts
+from nothing.
 """
 
 from __future__ import annotations
@@ -19,223 +29,264 @@ import json
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import shapely
-from shapely import Polygon
-from shapely.geometry import shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backend import vectorize
 from backend.compact import CompactSegmenter
-from backend.segmenter import Prompts
-from backend.service import PRE_LABEL_MIN_PX
-from backend.settings import Settings
-from backend.vectorize import VectorizeOptions
+from backend.evaluation import OBJECT_FATES, PREDICTION_FATES
+from benchmarks import _judging as judging
+from benchmarks._judging import Backend, Click, Mask, Outliner, Tile
 
-Mask = np.ndarray
-Answer = Callable[[Path, Prompts], Mask]
+Json = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Target:
-    """An object to outline."""
-
-    image: Path
-    truth: Mask
-    bounds_xyxy: tuple[float, float, float, float]
+LEARNED_TILES = (0, 2, 5, 10, 20, 40)
+LEAST_SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--match", default="", help="only images whose name starts with this")
+    parser.add_argument("--held-out", type=Path, metavar="DIR", help="judge what training held out of these folders")
+    parser.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
     parser.add_argument("--mode", nargs="+", default=["clicks", "boxes", "auto"], choices=["clicks", "boxes", "auto"])
     parser.add_argument("--label", default="building")
     parser.add_argument("--limit", type=int, default=100, help="objects (clicks, boxes) or tiles (auto)")
     parser.add_argument("--max-clicks", type=int, default=20)
+    parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
+    parser.add_argument(
+        "--min-score", type=float, help="least score of a pre-label; as the environment says if not given"
+    )
+    parser.add_argument("--all-scores", action="store_true", help="F1 by least score of a pre-label, and all scores")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything that is measured")
     parser.add_argument("--baseline", choices=["grabcut"])
+    parser.add_argument("--learning-curve", action="store_true")
+    parser.add_argument("--learn", nargs="+", default=["19_386690", "19_386691", "19_386692"], metavar="NAME")
+    parser.add_argument("--judge", nargs="+", default=["19_386693"], metavar="NAME")
+    parser.add_argument("--tiles", nargs="+", type=int, default=LEARNED_TILES, help="how many to learn from")
+    parser.add_argument("--unknown", action="store_true", help="with --learning-curve: a class that the weights lack")
+    parser.add_argument("--max-seconds", type=float, default=120, help="with --learning-curve: for each training")
     arguments = parser.parse_args()
-    if arguments.data is None:
+    if arguments.data is None and arguments.held_out is None:
         print("quality: not measured; it needs a folder of labelled tiles (see --help)")
         return
-    tiles = list(labelled_tiles(arguments.data, arguments.match))
-    if not tiles:
-        parser.error(f"no labelled images in {arguments.data}")
-    model = None if arguments.baseline else Model(arguments.label)
-    answer = model.outline if model else grabcut
-    for mode in arguments.mode:
-        if mode == "auto":
-            figures = judge_auto(model, tiles[: arguments.limit]) if model else {}
+    records: list[Json] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.learning_curve:
+            records += learning_curve(arguments, Path(scratch))
+        elif arguments.held_out is not None:
+            for (group, label), tiles in judging.held_out_tiles(arguments.held_out, Path(scratch)).items():
+                records += judged(arguments, Path(scratch), f"{group}, held out", label, tiles)
         else:
-            targets = whole_objects(tiles, arguments.limit)
-            judge = judge_clicks if mode == "clicks" else judge_boxes
-            figures = judge(answer, targets, arguments.max_clicks)
-        rounded = {name: round(value, 4) for name, value in figures.items()}
-        print(json.dumps({"data": arguments.data.name, "match": arguments.match, "mode": mode, **rounded}), flush=True)
+            tiles = judging.labelled_tiles(arguments.data, arguments.match)
+            if not tiles:
+                parser.error(f"no labelled images in {arguments.data}")
+            records += judged(arguments, arguments.data, arguments.data.name, arguments.label, tiles)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(judging.rounded(records), indent=1) + "\n")
 
 
-class Model:
-    """The shipped segmenter, as the server uses it, with the embedding of the tile at hand kept."""
-
-    def __init__(self, label: str) -> None:
-        self._segmenter = CompactSegmenter.load()
-        self._label = label
-        self._embeddings: dict[Path, Any] = {}
-
-    def _embedding(self, image: Path) -> Any:
-        if image not in self._embeddings:
-            self._embeddings = {image: self._segmenter.embed(read_rgb(image))}
-        return self._embeddings[image]
-
-    def outline(self, image: Path, prompts: Prompts) -> Mask:
-        embedding = self._embedding(image)
-        masks = self._segmenter.segment(embedding, prompts)
-        return vectorize.rasterize(vectorize.polygons(masks.probabilities[0]), *embedding.image_hw)
-
-    def pre_labels(self, image: Path) -> list[Polygon]:
-        dense = self._segmenter.dense(self._embedding(image))
-        least = Settings().model_score_threshold
-        found = vectorize.instances(dense, self._label, options=VectorizeOptions(min_area_px=PRE_LABEL_MIN_PX))
-        return [polygon for instance in found if instance.score >= least for polygon in instance.polygons]
+def judged(arguments: argparse.Namespace, folder: Path, name: str, label: str, tiles: Sequence[Tile]) -> list[Json]:
+    """Every mode on one set, printed as it is measured."""
+    about = {"data": name, "match": " ".join(arguments.match), "label": label}
+    records = []
+    if arguments.baseline:
+        for mode in [mode for mode in arguments.mode if mode != "auto"]:
+            figures, details = prompted(GrabCut(), mode, tiles, arguments)
+            records.append(printed({**about, "mode": mode, "version": "grabcut"}, figures, details))
+        return records
+    segmenter = CompactSegmenter.load(arguments.weights)
+    with Backend(folder, label, segmenter=segmenter, min_score=arguments.min_score) as backend:
+        for mode in arguments.mode:
+            if mode != "auto":
+                figures, details = prompted(backend, mode, tiles, arguments)
+            elif backend.knows:
+                figures, details = automatic(backend, tiles[: arguments.limit], all_scores=arguments.all_scores)
+            else:
+                continue
+            records.append(printed({**about, "mode": mode, "version": backend.version}, figures, details))
+    return records
 
 
-def grabcut(image: Path, prompts: Prompts) -> Mask:
+def prompted(outliner: Outliner, mode: str, tiles: Sequence[Tile], arguments: argparse.Namespace) -> tuple[Json, Json]:
+    """Figures of clicks or boxes, and the same by size."""
+    targets = judging.whole_objects(tiles, arguments.limit)
+    by_side: dict[str, list[Any]] = defaultdict(list)
+    if not targets:
+        return {"objects": 0}, {}
+    if mode == "clicks":
+        series = [judging.click_through(outliner, target, most=arguments.max_clicks) for target in targets]
+        for one in series:
+            by_side[judging.side_class(one.target.truth.area_px)].append(one)
+        sized = {side: judging.click_figures(by_side[side], arguments.max_clicks) for side in sorted_sides(by_side)}
+        keys = ("objects", "iou@1", "iou@3", "NoC@85")
+        figures: Json = judging.click_figures(series, arguments.max_clicks)
+        return figures, {"by size": {side: {key: sized[side][key] for key in keys} for side in sized}}
+    ious, seconds = [], []
+    for target, box_xyxy in zip(targets, judging.jittered_boxes(targets), strict=True):
+        mask, elapsed = judging.timed(lambda target=target, box=box_xyxy: outliner.boxed(target.tile, box))
+        ious.append(judging.iou(mask, target.truth.mask(target.tile.image_hw)))
+        seconds.append(elapsed)
+        by_side[judging.side_class(target.truth.area_px)].append(ious[-1])
+    return {
+        "objects": len(ious), "mean_iou": statistics.mean(ious), "median_iou": statistics.median(ious),
+        "share>=0.8": sum(value >= 0.8 for value in ious) / len(ious), "seconds": statistics.median(seconds),
+    }, {"by size": {side: {"objects": len(by_side[side]), "mean_iou": statistics.mean(by_side[side])}
+                    for side in sorted_sides(by_side)}}  # fmt: skip
+
+
+def sorted_sides(found: Sequence[str] | dict[str, Any]) -> list[str]:
+    return [side for side in judging.SIDE_CLASSES if side in found]
+
+
+def automatic(backend: Backend, tiles: Sequence[Tile], *, all_scores: bool = False) -> tuple[Json, Json]:
+    """Figures of pre-labels, what went wrong by size, and whether their scores are right."""
+    found, seconds = [], []
+    for tile in tiles:
+        pre_labels, elapsed = judging.timed(lambda tile=tile: backend.pre_labels(tile))
+        found.append(judging.matched(tile, pre_labels))
+        seconds.append(elapsed)
+    figures = {"min_score": backend.min_score, **judging.auto_figures(found)}
+    figures["seconds_per_tile"] = statistics.median(seconds)
+    objects: dict[str, Counter[str]] = defaultdict(Counter)
+    polygons: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in found:
+        object_fates, pre_label_fates = one.fates()
+        for area, fate in zip(one.overlaps.true_area, object_fates, strict=True):
+            objects[judging.side_class(area)][fate] += 1
+        for area, fate in zip(one.overlaps.predicted_area, pre_label_fates, strict=True):
+            polygons[judging.side_class(area)][fate] += 1
+    details: Json = {
+        "objects by size": table(objects, OBJECT_FATES),
+        "polygons by size": table(polygons, PREDICTION_FATES),
+    }
+    if all_scores:
+        found = [judging.matched(tile, backend.pre_labels(tile, min_score=0.0)) for tile in tiles]
+        details["by least score"] = {
+            str(least): judging.auto_figures([at_least(one, least) for one in found]) for least in LEAST_SCORES
+        }
+    details["reliability"] = asdict(judging.reliability(found))
+    return figures, details
+
+
+def table(counts: dict[str, Counter[str]], columns: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Counts by size, and their sum."""
+    rows = {side: {column: counts[side][column] for column in columns} for side in sorted_sides(counts)}
+    total = sum(counts.values(), Counter())
+    return {**rows, "all": {column: total[column] for column in columns}}
+
+
+def at_least(one: judging.Matched, least: float) -> judging.Matched:
+    """The same tile with the pre-labels of that score."""
+    return judging.matched(one.tile, [p for p in one.pre_labels if p.score is None or p.score >= least])
+
+
+def printed(about: Json, figures: Json, details: Json) -> Json:
+    """Print a line of figures and the tables below it; the whole as a record."""
+    print(json.dumps({**about, **judging.rounded(figures)}), flush=True)
+    for name, rows in details.items():
+        if name == "reliability":
+            print(f"    expected calibration error {rows['error']:.3f}")
+            rows = {
+                f"{number / 10:.1f}-{(number + 1) / 10:.1f}": {"polygons": count, "mean score": score, "right": share}
+                for number, (count, score, share) in enumerate(
+                    zip(rows["counts"], rows["scores"], rows["shares"], strict=True)
+                )
+                if count
+            }
+        if name == "by least score":
+            keys = ("polygons", "precision", "recall", "F1@0.5")
+            rows = {least: {key: row[key] for key in keys} for least, row in rows.items()}
+        print_table(name, rows)
+    return {**about, **figures, **details}
+
+
+def print_table(name: str, rows: dict[str, dict[str, float]]) -> None:
+    columns = list(next(iter(rows.values()), {}))
+    print(f"    {name:<16} " + " ".join(f"{column:>12}" for column in columns))
+    for row, values in rows.items():
+        cells = [f"{value:>12.3f}" if isinstance(value, float) else f"{value:>12}" for value in values.values()]
+        print(f"    {row:<16} " + " ".join(cells), flush=True)
+
+
+def learning_curve(arguments: argparse.Namespace, scratch: Path) -> list[Json]:
+    """F1 of pre-labels on one place by how many tiles of another were learned from."""
+    from backend.training import Example, train_heads
+
+    learn = judging.labelled_tiles(arguments.data, arguments.learn)
+    judge = judging.labelled_tiles(arguments.data, arguments.judge)[: arguments.limit]
+    if not learn or not judge or {tile.image for tile in learn} & {tile.image for tile in judge}:
+        raise SystemExit(f"--learn and --judge must name different images of {arguments.data}")
+    label = f"unknown {arguments.label}" if arguments.unknown else arguments.label
+    random.Random(judging.SEED).shuffle(learn)
+    segmenter = CompactSegmenter.load(arguments.weights)
+    examples = [
+        Example(
+            image_rgb=np.ascontiguousarray(cv2.imread(str(tile.image))[:, :, ::-1]),
+            regions=[(label, part) for truth in tile.truths for part in truth.parts],
+            place=place_of(tile),
+        )
+        for tile in learn
+    ]
+    records = []
+    for count in sorted({min(count, len(learn)) for count in arguments.tiles}):
+        heads, took = scratch / f"heads-{count}.safetensors", 0.0
+        if count:
+            _, took = judging.timed(
+                lambda count=count, heads=heads: train_heads(
+                    segmenter, examples[:count], [label], out=heads, max_seconds=arguments.max_seconds
+                )
+            )
+        model = segmenter.with_heads(heads) if count else segmenter
+        about = {"data": arguments.data.name, "label": label, "learned_tiles": count, "version": model.version}
+        with Backend(arguments.data, label, segmenter=model, min_score=arguments.min_score) as backend:
+            figures, details = automatic(backend, judge) if backend.knows else ({"F1@0.5": 0.0}, {})
+        records.append(printed({**about, "training_s": round(took, 1)}, figures, {}) | details)
+    return records
+
+
+def place_of(tile: Tile) -> str:
+    """Neighbouring web-mercator tiles, two by two, are one place; any other image is its own."""
+    parts = tile.image.stem.split("_")
+    if len(parts) == 3 and all(part.isdigit() for part in parts):
+        return f"{parts[0]}_{int(parts[1]) // 2}_{int(parts[2]) // 2}"
+    return tile.image.stem
+
+
+class GrabCut:
     """OpenCV's GrabCut: round each click on the object a likely disk and a sure spot, or what lies in the box."""
-    pixels = cv2.imread(str(image))
-    mask = np.full(pixels.shape[:2], cv2.GC_PR_BGD, np.uint8)
-    clicks = [((int(x), int(y)), bool(on)) for (x, y), on in zip(prompts.points_xy, prompts.is_foreground, strict=True)]
-    for point, on in clicks:
-        if on:
-            cv2.circle(mask, point, 24, cv2.GC_PR_FGD, -1)
-    for point, on in clicks:
-        cv2.circle(mask, point, 4, cv2.GC_FGD if on else cv2.GC_BGD, -1)
-    box, how = None, cv2.GC_INIT_WITH_MASK
-    if prompts.box_xyxy is not None:
-        x0, y0, x1, y1 = prompts.box_xyxy.round().astype(int)
-        box, how = (int(x0), int(y0), int(max(x1 - x0, 2)), int(max(y1 - y0, 2))), cv2.GC_INIT_WITH_RECT
-    try:
-        cv2.grabCut(pixels, mask, box, np.zeros((1, 65)), np.zeros((1, 65)), 4, how)
-    except cv2.error:
-        return np.zeros(mask.shape, bool)
-    found = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    _, parts = cv2.connectedComponents(found.astype(np.uint8))
-    clicked = {parts[y, x] for (x, y), on in clicks if on} - {0}
-    return np.isin(parts, list(clicked)) if clicked else found
 
+    def clicked(self, tile: Tile, clicks: Sequence[Click]) -> Mask:
+        mask = np.full(tile.image_hw, cv2.GC_PR_BGD, np.uint8)
+        for click in clicks:
+            if click.is_on:
+                cv2.circle(mask, (click.column, click.row), 24, cv2.GC_PR_FGD, -1)
+        for click in clicks:
+            cv2.circle(mask, (click.column, click.row), 4, cv2.GC_FGD if click.is_on else cv2.GC_BGD, -1)
+        found = self._cut(tile, mask, None, cv2.GC_INIT_WITH_MASK)
+        _, parts = cv2.connectedComponents(found.astype(np.uint8))
+        hit = {parts[click.row, click.column] for click in clicks if click.is_on} - {0}
+        return np.isin(parts, list(hit)) if hit else found
 
-def labelled_tiles(folder: Path, match: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    labels = folder / "labels" / "px" if (folder / "labels" / "px").is_dir() else folder / "labels"
-    for file in sorted(labels.glob(f"{match}*.geojson")):
-        for image in sorted((folder / "images").glob(file.stem + ".*")):
-            if image.suffix in (".jpg", ".png"):
-                yield image, json.loads(file.read_text())["features"]
+    def boxed(self, tile: Tile, box_xyxy: tuple[float, float, float, float]) -> Mask:
+        x0, y0, x1, y1 = (round(value) for value in box_xyxy)
+        mask = np.full(tile.image_hw, cv2.GC_PR_BGD, np.uint8)
+        return self._cut(tile, mask, (x0, y0, max(x1 - x0, 2), max(y1 - y0, 2)), cv2.GC_INIT_WITH_RECT)
 
-
-def whole_objects(tiles: Sequence[tuple[Path, list[dict[str, Any]]]], limit: int) -> list[Target]:
-    found = []
-    for image, features in tiles:
-        height, width = cv2.imread(str(image)).shape[:2]
-        for feature in features:
-            outline = shape(feature["geometry"])
-            if outline.area >= 150 and not feature["properties"].get("touches_edge"):
-                found.append(Target(image, truth_mask(outline, height, width), outline.bounds))
-    random.Random(7).shuffle(found)
-    # By image, so that each is embedded once.
-    return sorted(found[:limit], key=lambda target: target.image)
-
-
-def truth_mask(outline: Any, height: int, width: int) -> Mask:
-    parts = [part for part in shapely.get_parts(outline) if isinstance(part, Polygon)]
-    return vectorize.rasterize(parts, height, width)
-
-
-def judge_clicks(answer: Answer, targets: Sequence[Target], max_clicks: int) -> dict[str, float]:
-    series, first, later = [], [], []
-    for target in targets:
-        points, flags, ious = [], [], []
-        wrong, on = target.truth, True
-        while len(points) < max_clicks and (not ious or ious[-1] < 0.9):
-            point, depth = deepest(wrong)
-            if depth <= 0:
-                break
-            points.append(point)
-            flags.append(on)
-            begun = time.perf_counter()
-            mask = answer(target.image, Prompts(np.array(points), np.array(flags)))
-            (later if ious else first).append(time.perf_counter() - begun)
-            ious.append(iou(mask, target.truth))
-            missed, extra = target.truth & ~mask, mask & ~target.truth
-            on = deepest(missed)[1] >= deepest(extra)[1]
-            wrong = missed if on else extra
-        series.append(ious)
-    after = {f"iou@{k}": statistics.mean(s[min(k, len(s)) - 1] for s in series) for k in (1, 3, 5)}
-    needed = [next((i for i, value in enumerate(s, 1) if value >= 0.85), max_clicks) for s in series]
-    return {
-        "objects": len(series), **after, "NoC@85": statistics.mean(needed),
-        "first_click_s": statistics.median(first), "later_click_s": statistics.median(later or [0]),
-    }  # fmt: skip
-
-
-def judge_boxes(answer: Answer, targets: Sequence[Target], _: int) -> dict[str, float]:
-    rng, ious = random.Random(7), []
-    for target in targets:
-        x0, y0, x1, y1 = target.bounds_xyxy
-        height, width = target.truth.shape
-        jitter = [rng.uniform(-0.05, 0.05) * span for span in (x1 - x0, y1 - y0, x1 - x0, y1 - y0)]
-        box = np.clip(np.array([x0, y0, x1, y1]) + jitter, 0, [width, height] * 2)
-        ious.append(iou(answer(target.image, Prompts(box_xyxy=box)), target.truth))
-    return {"objects": len(ious), "mean_iou": statistics.mean(ious), "median_iou": statistics.median(ious)}
-
-
-def judge_auto(model: Model, tiles: Sequence[tuple[Path, list[dict[str, Any]]]]) -> dict[str, float]:
-    hits = predicted = true = vertices = invalid = 0
-    seconds = []
-    for image, features in tiles:
-        begun = time.perf_counter()
-        outlines = model.pre_labels(image)
-        seconds.append(time.perf_counter() - begun)
-        height, width = cv2.imread(str(image)).shape[:2]
-        masks = [vectorize.rasterize([outline], height, width) for outline in outlines]
-        truths = [truth_mask(shape(f["geometry"]), height, width) for f in features]
-        truths = [truth for truth in truths if truth.sum() >= 150]
-        pairs = sorted(((iou(m, t), i, j) for i, m in enumerate(masks) for j, t in enumerate(truths)), reverse=True)
-        used: set[tuple[str, int]] = set()
-        for value, i, j in pairs:
-            if value >= 0.5 and ("p", i) not in used and ("t", j) not in used:
-                used |= {("p", i), ("t", j)}
-        hits += len(used) // 2
-        predicted, true = predicted + len(masks), true + len(truths)
-        vertices += sum(vectorize.ring_points(outline) for outline in outlines)
-        invalid += sum(not outline.is_valid for outline in outlines)
-    return {
-        "tiles": len(seconds), "precision": hits / max(predicted, 1), "recall": hits / max(true, 1),
-        "F1@0.5": 2 * hits / max(predicted + true, 1), "invalid": invalid,
-        "vertices_per_polygon": vertices / max(predicted, 1), "seconds_per_tile": statistics.median(seconds),
-    }  # fmt: skip
-
-
-def deepest(region: Mask) -> tuple[tuple[float, float], float]:
-    """Centre of the pixel farthest from the region's edge, and how far it is."""
-    depth = cv2.distanceTransform(np.pad(region.astype(np.uint8), 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-    return (column + 0.5, row + 0.5), float(depth[row, column])
-
-
-def iou(one: Mask, other: Mask) -> float:
-    union = np.logical_or(one, other).sum()
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    return np.ascontiguousarray(cv2.imread(str(path))[:, :, ::-1])
+    def _cut(self, tile: Tile, mask: np.ndarray, box: tuple[int, int, int, int] | None, how: int) -> Mask:
+        try:
+            cv2.grabCut(cv2.imread(str(tile.image)), mask, box, np.zeros((1, 65)), np.zeros((1, 65)), 4, how)
+        except cv2.error:
+            return np.zeros(mask.shape, bool)
+        return np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
 if __name__ == "__main__":

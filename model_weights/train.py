@@ -280,9 +280,7 @@ def cropped(sheet: Sheet, rng: np.random.Generator, *, augment: bool = True) -> 
     return Crop(rgb, instances, valid, sheet.classes, sheet.known, group.negatives, sheet.prompted)
 
 
-def laid_on(
-    crop: Crop, rgb: NDArray[np.uint8], mask: NDArray[np.bool_], label: int, rng: np.random.Generator
-) -> Crop:
+def laid_on(crop: Crop, rgb: NDArray[np.uint8], mask: NDArray[np.bool_], label: int, rng: np.random.Generator) -> Crop:
     """The crop with a piece of another image laid on it as an object, its shade beside it now and then."""
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.3, 1.0))[..., None]
     ground = crop.rgb.astype(np.float32)
