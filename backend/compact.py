@@ -78,12 +78,13 @@ _MOST_LIFT = 3.0
 """A click is answered with at least this radius, in pixels; where the network sees nothing, its logits are lifted by
 no more than this."""
 
-_LEAST_FILL, _LIFTED_FILL = 0.45, 0.7
-"""A box alone that the network would fill to less than the first share is filled to the second: whoever draws a box
-means something of its size. Chosen on held-out places."""
+_LEAST_FILL, _LIFTED_FILL, _MOST_LIFTED_PX = 0.45, 0.7, 100**2
+"""A box alone that the network would fill to less than the first share is filled to the second, unless it is larger than
+so many pixels: whoever draws a small box means something of its size. Chosen on held-out places."""
 
-_WINDOW_CELLS = 96
-"""Side of the square around the prompts that the decoder looks at, unless the prompts ask for more."""
+_NEAR_CELLS, _WINDOW_CELLS = 64, 96
+"""Side of the square around clicks, and around what does not fit in there or is a box, that the decoder looks at, unless
+the prompts ask for more."""
 
 _GRABCUT_WEIGHT, _GRABCUT_ROUNDS, _LEAST_AGREEMENT = 0.5, 2, 0.6
 """How much the colours of the image at hand correct the answer, and the IoU with it that they need to be heard."""
@@ -562,10 +563,12 @@ class _Window:
     """Cells of the embedding that make one of the decoder's, along each axis."""
 
 
-def _window(lowest: FloatArray, highest: FloatArray, grid_wh: tuple[int, int], shrink: int) -> _Window:
-    """The window round prompts that span ``lowest`` to ``highest`` (x and y in cells), moved to lie within the grid."""
-    side = _WINDOW_CELLS * shrink
-    size = [min(side, length) for length in grid_wh]
+def _window(lowest: FloatArray, highest: FloatArray, grid_wh: tuple[int, int], side: int, shrink: int) -> _Window:
+    """The window round prompts that span ``lowest`` to ``highest`` (x and y in cells), moved to lie within the grid.
+
+    ``side`` is in cells of the decoder.
+    """
+    size = [min(side * shrink, length) for length in grid_wh]
     middle = (lowest + highest) / 2
     left, top = (int(np.clip(round(m - s / 2), 0, n - s)) for m, s, n in zip(middle, size, grid_wh, strict=True))
     return _Window(left, top, size[0], size[1], shrink)
@@ -709,15 +712,21 @@ class CompactSegmenter:
         corners = clicks_xy if box is None else np.vstack([clicks_xy, box.reshape(2, 2)])
         lowest, highest = corners.min(0) / cell_xy, corners.max(0) / cell_xy
         shrink = max(1, math.ceil(float((highest - lowest).max()) * 1.4 / _WINDOW_CELLS))
+        # Most objects are small: after clicks a near look comes first, which takes half the time. Of boxes, it is worse.
+        is_near = box is None and float((highest - lowest).max()) * 1.4 <= _NEAR_CELLS
+        side = _NEAR_CELLS if is_near else _WINDOW_CELLS
         while True:
-            window = _window(lowest, highest, (columns, rows), shrink)
+            window = _window(lowest, highest, (columns, rows), side, shrink)
             covers_all = (window.width, window.height) == (columns, rows)
             logits = self._decode_window(
                 embedding, window, clicks_xy / cell_xy, is_foreground, box if box is None else box / np.tile(cell_xy, 2)
             )
             if covers_all or box is not None or not _reaches_inner_edge(logits > 0, window, (columns, rows)):
                 break
-            shrink *= 2
+            if side < _WINDOW_CELLS:
+                side = _WINDOW_CELLS
+            else:
+                shrink *= 2
         height, width = embedding.image_hw
         first_xy = np.array([window.left, window.top]) * cell_xy
         left, top = (int(v) for v in np.floor(first_xy))
@@ -764,6 +773,8 @@ class CompactSegmenter:
         prompted = decoder.prompt_maps(views[0], views[4], views[5])
         first, _ = decoder(*views, None, prompted)
         _, sharp = decoder(*views, first, prompted)
+        if box is not None:
+            return np.asarray(sharp[0, 0].cpu().numpy())  # the image's own colours help clicks, and harm boxes
         rgb = np.ascontiguousarray(rgb_fine[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy())
         return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
 
@@ -906,7 +917,7 @@ def _obeying(
         logits += min(0.3 - float(at_clicks.max()), _MOST_LIFT)
     if box is not None and not len(at_clicks):
         inside = logits[_pixels_of(box, height, width)]
-        if (inside > 0).mean() < _LEAST_FILL:
+        if inside.size <= _MOST_LIFTED_PX and (inside > 0).mean() < _LEAST_FILL:
             logits -= np.quantile(inside, 1 - _LIFTED_FILL)
     for value in (True, False):
         for x, y in clicks_xy[is_foreground == value]:
