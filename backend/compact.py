@@ -79,12 +79,12 @@ _MOST_LIFT = 3.0
 no more than this."""
 
 _LEAST_FILL, _LIFTED_FILL, _MOST_LIFTED_PX = 0.45, 0.7, 100**2
-"""A box alone that the network would fill to less than the first share is filled to the second, unless it is larger than
-so many pixels: whoever draws a small box means something of its size. Chosen on held-out places."""
+"""A box alone that the network would fill to less than the first share is filled to the second, unless it is larger
+than so many pixels: whoever draws a small box means something of its size. Chosen on held-out places."""
 
 _NEAR_CELLS, _WINDOW_CELLS = 64, 96
-"""Side of the square around clicks, and around what does not fit in there or is a box, that the decoder looks at, unless
-the prompts ask for more."""
+"""Side of the square around clicks, and around what does not fit in there or is a box, that the decoder looks at,
+unless the prompts ask for more."""
 
 _GRABCUT_WEIGHT, _GRABCUT_ROUNDS, _LEAST_AGREEMENT = 0.5, 2, 0.6
 """How much the colours of the image at hand correct the answer, and the IoU with it that they need to be heard."""
@@ -712,7 +712,7 @@ class CompactSegmenter:
         corners = clicks_xy if box is None else np.vstack([clicks_xy, box.reshape(2, 2)])
         lowest, highest = corners.min(0) / cell_xy, corners.max(0) / cell_xy
         shrink = max(1, math.ceil(float((highest - lowest).max()) * 1.4 / _WINDOW_CELLS))
-        # Most objects are small: after clicks a near look comes first, which takes half the time. Of boxes, it is worse.
+        # Most objects are small: clicks get a near look first, which takes half the time. For boxes it is worse.
         is_near = box is None and float((highest - lowest).max()) * 1.4 <= _NEAR_CELLS
         side = _NEAR_CELLS if is_near else _WINDOW_CELLS
         while True:
@@ -777,6 +777,11 @@ class CompactSegmenter:
             return np.asarray(sharp[0, 0].cpu().numpy())  # the image's own colours help clicks, and harm boxes
         rgb = np.ascontiguousarray(rgb_fine[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy())
         return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
+
+    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+        """What ``dense`` finds in the mirror image, turned back: the mean of both is surer than either."""
+        seen = self.dense(self.embed(np.ascontiguousarray(image_rgb[:, ::-1]), scale=scale))
+        return DenseMaps(seen.labels, seen.probabilities[:, :, ::-1], seen.boundary[:, :, ::-1], seen.scoring)
 
     @torch.inference_mode()
     def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
