@@ -193,7 +193,9 @@ class Checks:
         out = self.folder / "labels.geojson"
         report = self.backend.command("export", "--project", str(self.project), "--out", str(out))
         _must(report["features"] > 0, f"{report['features']} features exported to GeoJSON")
-        _must(not self.backend.command("validate", str(out))["findings"], "the export is valid")
+        # Only some tiles are accepted: of a house that the others hold, a sliver may be all there is.
+        checked = self.backend.command("validate", str(out), "--min-area-m2", "0")
+        _must(not checked["findings"], "the export is valid")
         if self.truth is None:
             return
         wanted = {label.value for label in self.tag.labels}

