@@ -778,11 +778,6 @@ class CompactSegmenter:
         rgb = np.ascontiguousarray(rgb_fine[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy())
         return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
 
-    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
-        """What ``dense`` finds in the mirror image, turned back: the mean of both is surer than either."""
-        seen = self.dense(self.embed(np.ascontiguousarray(image_rgb[:, ::-1]), scale=scale))
-        return DenseMaps(seen.labels, seen.probabilities[:, :, ::-1], seen.boundary[:, :, ::-1], seen.scoring)
-
     @torch.inference_mode()
     def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
         """Class and border probabilities of the whole tile, or of its columns and rows from … to."""

@@ -72,15 +72,6 @@ class Scalable(Protocol):
         ...
 
 
-@runtime_checkable
-class Mirroring(Protocol):
-    """A segmenter that is surer of classes when it also looks at the mirror image."""
-
-    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
-        """What is seen in the mirror image, turned back."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that is ready, and the name that Label Studio knows it by."""
@@ -239,13 +230,7 @@ class Predictor:
         """
         if not labels:
             return []
-        embedding = self.embed(model, image_rgb, key, urgency=urgency, scale=scale)
-        with self.gate.entered(urgency=urgency):
-            dense = model.segmenter.dense(embedding)
-        if isinstance(model.segmenter, Mirroring):
-            with self.gate.entered(urgency=urgency):
-                mirrored = model.segmenter.dense_mirrored(image_rgb, scale=scale)
-            dense = dense.mean_with(mirrored)
+        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=urgency, scale=scale), urgency)
         found = [
             (known, instance)
             for known in labels
@@ -316,6 +301,10 @@ class Predictor:
                 if evidence >= highest:
                     best, highest = known, evidence
         return best
+
+    def _dense(self, model: Loaded, embedding: Embedding, urgency: int) -> DenseMaps:
+        with self.gate.entered(urgency=urgency):
+            return model.segmenter.dense(embedding)
 
     def _load_base(self) -> None:
         try:

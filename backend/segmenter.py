@@ -117,12 +117,6 @@ class DenseMaps:
                 f"probabilities, boundary must be {expected}, got {self.probabilities.shape}, {self.boundary.shape}"
             )
 
-    def mean_with(self, other: DenseMaps) -> DenseMaps:
-        """The mean of two looks at one image."""
-        half = np.float32(0.5)
-        probabilities = half * (self.probabilities + other.probabilities)
-        return DenseMaps(self.labels, probabilities, half * (self.boundary + other.boundary), self.scoring)
-
 
 class Segmenter(Protocol):
     """Finds objects in an image. All methods may be called from several threads at once."""

@@ -78,7 +78,7 @@ def judged(segmenter: compact.CompactSegmenter, data: Path) -> list[Judged]:
     found = []
     for group, rgb, truth in tiles(data):
         label = "field" if group == "agoro_fields" else "building"
-        dense = segmenter.dense(segmenter.embed(rgb)).mean_with(segmenter.dense_mirrored(rgb))
+        dense = segmenter.dense(segmenter.embed(rgb))
         index = dense.labels.index(label)
         maps = dense.probabilities[index].astype(np.float64), dense.boundary[index].astype(np.float64)
         candidates = instances.candidates(*maps, min_area_px=MIN_AREA_PX)

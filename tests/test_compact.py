@@ -390,18 +390,6 @@ def test_prompts_read_once_are_as_good_as_prompts_read_in_each_pass(segmenter, b
     torch.testing.assert_close(sharp, expected)
 
 
-def test_a_mirror_image_is_seen_where_it_is(segmenter: CompactSegmenter) -> None:
-    rng = np.random.default_rng(3)
-    image = np.clip(rng.normal(90, 12, (96, 160, 3)), 0, 255).astype(np.uint8)
-    image[30:70, 20:64] = (200, 190, 180)
-    seen = segmenter.dense(segmenter.embed(np.ascontiguousarray(image[:, ::-1])))
-    turned = segmenter.dense_mirrored(image)
-    assert np.array_equal(turned.probabilities[:, :, ::-1], seen.probabilities)
-    mean = segmenter.dense(segmenter.embed(image)).mean_with(turned)
-    assert mean.probabilities.dtype == np.float32
-    assert mean.scoring == seen.scoring
-
-
 def test_the_shipped_weights_bring_a_scoring_for_each_class_and_for_all_others() -> None:
     shipped = CompactSegmenter.load()
     dense = shipped.dense(shipped.embed(np.zeros((64, 64, 3), np.uint8)))
