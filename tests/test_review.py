@@ -193,8 +193,10 @@ def test_the_line_is_bounded_and_says_so(reviews: Reviews, monkeypatch: pytest.M
     for number in range(20):
         reviews.note(event(number=number), "7.17")
     assert reviews.waiting == 3
-    (problem,) = reviews._problems.recent()
-    assert "geoprelabel validate --project 7" in problem.message
+    problems = reviews._problems.recent()
+    # Once more where the first was taken out of the line meanwhile, and it filled again.
+    assert len(problems) in (1, 2)
+    assert all("geoprelabel validate --project 7" in problem.message for problem in problems)
     go.set()
     assert reviews.wait(20)
 
