@@ -20,7 +20,7 @@ from .errors import BadRequest
 from .labelstudio import LabelConfig
 from .tile import FloatArray, Region, Tile
 
-FROM = ("ground_truth", "latest", "all")
+FROM = labelstudio.WHICH_ANNOTATIONS
 """Which annotations of a task count, where there are several."""
 
 _MOVED_PCT = 1e-3

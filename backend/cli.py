@@ -411,7 +411,11 @@ def evaluate(
 
     _settings()
     figures = asdict(run(predicted, truth))
-    _print(figures, as_json, "\n".join(f"{name:>16}  {value}" for name, value in figures.items()))
+    lines = [
+        f"{name:>20}  {', '.join(f'{n} {what}' for what, n in value.items()) if isinstance(value, dict) else value}"
+        for name, value in figures.items()
+    ]
+    _print(figures, as_json, "\n".join(lines))
 
 
 @models_app.command("list")

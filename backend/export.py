@@ -128,11 +128,9 @@ def export(
             raise ExportError(_why_nothing(tally))
         for scene in scenes:
             scene.lineage = checked_lineage(scene.anchor, scene.area(), allow_ballpark=options.allow_ballpark)
-        lineages = list({scene.lineage.crs: scene.lineage for scene in reversed(scenes) if scene.lineage}.values())
+        lineages = _ways_out([scene.lineage for scene in scenes if scene.lineage])
         pending = _Edits(edits or Edits(), scenes)
-        written = _write(
-            scenes, store, out, options, config, tally, lineage_record(lineages[::-1], made_at=made_at), pending
-        )
+        written = _write(scenes, store, out, options, config, tally, lineage_record(lineages, made_at=made_at), pending)
     pending.finish(tally)
     report = ExportReport(
         out=out,
@@ -146,7 +144,7 @@ def export(
         dropped=dict(tally.dropped),
         refused=dict(tally.refused),
         findings=tally.findings,
-        crs=lineages[::-1],
+        crs=lineages,
         versions=versions(),
         conflicts=tally.conflicts,
         conflict_count=tally.conflict_count,
@@ -198,6 +196,14 @@ class _Place:
     tile: Tile
     shape_px: BaseGeometry | None
     """In pixels of the tile; None for a region of which nothing is left."""
+
+
+def _ways_out(lineages: Iterable[Lineage]) -> list[Lineage]:
+    """Each way out of a CRS once, in order: scenes far apart may leave one CRS by different operations."""
+    found: dict[tuple[str, str], Lineage] = {}
+    for lineage in lineages:
+        found.setdefault((lineage.crs, lineage.definition), lineage)
+    return list(found.values())
 
 
 def _why_nothing(tally: _Tally) -> str:

@@ -141,7 +141,6 @@ class Reviews:
                     )
                 self._is_over = True
                 return
-            self._is_over = False
             self._waiting[version.key] = version
             if self._thread is None and not self._is_closed:
                 self._thread = threading.Thread(target=self._run, name="review", daemon=True)
@@ -157,6 +156,8 @@ class Reviews:
                 if self._is_closed:
                     return
                 _, version = self._waiting.popitem(last=False)
+                # Not before the line is empty: a full one that moves would say so with every step.
+                self._is_over = self._is_over and bool(self._waiting)
                 self._is_busy = True
             where = f"checks, project {version.project}, annotation {version.id}"
             try:
