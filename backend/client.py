@@ -57,6 +57,10 @@ class NotFound(LabelStudioError):
     """Label Studio has no such project, task or file."""
 
 
+class Unreachable(LabelStudioError):
+    """Label Studio is down, or too busy for longer than we try; it may be there again later."""
+
+
 class FileTooLarge(LabelStudioError):
     """A file is larger than the caller takes."""
 
@@ -102,7 +106,8 @@ class LabelStudio:
 
     ``api_key`` is a legacy token or a personal access token. ``attempts`` and ``first_pause_s`` (seconds, doubled each
     time, with jitter) say how often a call is made that Label Studio is too busy to take. Every method raises
-    LabelStudioDenied where the token is missing, wrong or not enough, and LabelStudioError for all else.
+    LabelStudioDenied where the token is missing, wrong or not enough, Unreachable where calling later may help, and
+    LabelStudioError for all else.
     """
 
     def __init__(
@@ -344,6 +349,23 @@ class LabelStudio:
         answer = self._call("POST", "/api/ml", body={**body, **_auth_fields(basic_auth)}, timeout_s=_BACKEND_TIMEOUT_S)
         return self._object(answer, "/api/ml")
 
+    def refusals(self, backend_url: str) -> list[str]:
+        """Why Label Studio would not take a backend at that address, or a webhook to it; nothing is made by asking."""
+        backend_url, found = backend_url.rstrip("/"), []
+        # All fields are checked before anything is made: the first lacks its project, the other has no valid headers.
+        asked = ("/api/ml", {"url": backend_url}), ("/api/webhooks/", {"url": f"{backend_url}/webhook", "headers": []})
+        for path, body in asked:
+            try:
+                self._call("POST", path, body=body, timeout_s=_BACKEND_TIMEOUT_S)
+            except LabelStudioError as error:
+                if "valid URL" in str(error):
+                    found.append(_no_dot(f"{backend_url}/webhook"))
+                elif any(told in str(error) for told in ("reserved network address", "resolve hostname")):
+                    found.append(str(error))
+                elif "project" not in str(error) and "headers" not in str(error):
+                    raise
+        return found
+
     def update_backend(self, backend_id: int, **fields: Any) -> Json:
         """The backend after those fields were set."""
         path = f"/api/ml/{backend_id:d}"
@@ -418,10 +440,7 @@ class LabelStudio:
         except LabelStudioError as error:
             if "valid URL" not in str(error):
                 raise
-            raise LabelStudioError(
-                f"Label Studio takes no webhook to {_shown(url)}: the host needs a dot in its name, or an IP address"
-                " (in Docker, a network alias such as geoprelabel.local)"
-            ) from error
+            raise LabelStudioError(_no_dot(url)) from error
 
     # Files
 
@@ -629,14 +648,14 @@ class LabelStudio:
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if isinstance(error, _NEVER_SENT):
-                unreachable = LabelStudioError(
+                unreachable = Unreachable(
                     f"Label Studio at {self.url} cannot be reached ({self._safe(reason)});"
                     " is it running, and is LABEL_STUDIO_URL right?"
                 )
                 raise _Busy(unreachable) from error
             lost = f"{method} {_shown(str(url))} got no whole answer ({self._safe(reason)})"
             if method in _IDEMPOTENT_METHODS or url.path.endswith("/api/token/refresh/"):
-                raise _Busy(LabelStudioError(lost)) from error
+                raise _Busy(Unreachable(lost)) from error
             raise LabelStudioError(f"{lost}; it may have been carried out, so it was not sent again") from error
 
     def _error(self, method: str, url: httpx.URL, answer: _Answer) -> LabelStudioError:
@@ -659,6 +678,8 @@ class LabelStudio:
             return NotFound(f"{where}: not there, or not for this token ({said})")
         if answer.status == 413:
             return LabelStudioError(f"{where}: too much in one call ({said}); send smaller batches")
+        if answer.status >= 500 or answer.status in _SKIPPED_STATUSES:
+            return Unreachable(f"{where} failed ({said})")
         return LabelStudioError(f"{where} failed ({said})")
 
     def _safe(self, text: str) -> str:
@@ -761,6 +782,13 @@ def _reason(answer: _Answer) -> str:
         ]
     plain = unescape(re.sub(r"<[^>]+>", "", "; ".join(_leaves(body))))
     return " ".join(plain.split())[:500]
+
+
+def _no_dot(url: str) -> str:
+    return (
+        f"Label Studio takes no webhook to {_shown(url)}: the host needs a dot in its name, or an IP address"
+        " (in Docker, a network alias such as geoprelabel.local)"
+    )
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -15,6 +15,7 @@
     │   └── LabelStudioDenied the token is missing, wrong or expired
     ├── TrainingError         nothing to learn from, or the run failed
     ├── ExportError           annotations that cannot become features
+    ├── Busy                  more is asked at once than can be answered in time
     └── UnknownVersion        a model version that the registry does not hold
 
 Library code raises these; the server turns them into an HTTP status through one table, the command line into
@@ -74,6 +75,10 @@ class TrainingError(BackendError):
 
 class ExportError(BackendError):
     """Annotations that cannot become features."""
+
+
+class Busy(BackendError):
+    """More is asked at once than can be answered in time; the same may be asked again soon."""
 
 
 class UnknownVersion(BackendError):

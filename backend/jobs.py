@@ -1,16 +1,21 @@
 """Training that runs beside the server: at most one a project, and asked twice counts once.
 
-Everything that must survive a restart is two small files a project in ``DATA_DIR/jobs``: what was asked (``.ask.json``)
+Everything that must survive a restart is two small files a project in ``DATA_DIR/jobs``: what is asked (``.ask.json``)
 and how the run stands (``.state.json``). The server only writes what was asked and starts a process; the process holds
-the project's lock while it works, looks again when it is done, and goes on if something came in meanwhile. So it does
-not matter which server process is asked, how often, or whether one of them dies.
+the project's lock while it works, looks again when it is done, and goes on if something came in meanwhile. What a run
+has taken on stays owed until the run is over, so a process that was killed leaves an ask that nobody is at work on:
+`Jobs.tend`, in any server process, begins it again. So it does not matter which server process is asked, how often, or
+which of them dies when.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import faulthandler
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +29,7 @@ from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
+from .errors import BackendError
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,10 +39,30 @@ Record = TypeVar("Record", "Ask", "Run")
 Progress = Callable[[float, str], None]
 Train = Callable[[Progress], tuple[str, str]]
 
+PAUSES_S = (0.0, 10.0, 60.0, 300.0)
+"""Before a run that died is begun again: after the first, second, … time. After one more it is given up."""
+
+_FIRST_DELAY_S, _MAX_DELAY_S = 15.0, 3600.0
+"""Before a run is begun again that lacked something from elsewhere; doubled each time."""
+
+_GRACE_S = 300.0
+"""A run may take twice the time for learning and so much more, to read and to judge; then it is ended."""
+
+_HANGS_S = 60.0
+"""After that limit the process is ended whatever it is at."""
+
+_LOOK_EVERY_S = 0.2
+_TEND_EVERY_S = 1.0
+_MAX_LOG_BYTES = 2**20
+
+
+class NotNow(BackendError):
+    """A run lacks something that will be there again, as Label Studio or room on the disk: it stays asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What was asked of a project's training and is not begun yet."""
+    """What is asked of a project's training."""
 
     changes: int = 0
     """Annotations created, updated or deleted since the last run began."""
@@ -45,7 +71,19 @@ class Ask:
     """When the newest of them came, seconds since 1970."""
 
     at_once: bool = False
-    """Whether a person asked for training (START_TRAINING), however little changed."""
+    """Whether a person asked for training (START_TRAINING), however little changed, and no run began since."""
+
+    is_owed: bool = False
+    """Whether a run was begun that is not over. It may be at work, or dead."""
+
+    tries: int = 0
+    """How often that run was begun."""
+
+    delays: int = 0
+    """How often in a row it had to be put off."""
+
+    not_before: float = 0.0
+    """When it may be begun again, seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +108,11 @@ class Run:
 
     pid: int = 0
 
+    @property
+    def duration_s(self) -> float:
+        """How long it took, or has taken so far, in seconds."""
+        return (self.finished or time.time()) - self.started if self.started else 0.0
+
 
 class Jobs:
     """The training desk of all projects."""
@@ -78,125 +121,249 @@ class Jobs:
         """Nothing is written before the first request."""
         self._settings = settings
         self._folder = settings.data_dir / "jobs"
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._children_lock = threading.Lock()
+        self._pauses: dict[str, tuple[float, float]] = {}
 
     def changed(self, project: str, count: int = 1) -> bool:
         """Note that annotations changed; start training when enough have. Returns whether it was started."""
         ask = self._update_ask(project, lambda ask: replace(ask, changes=ask.changes + count, last_change=time.time()))
-        if ask.changes < self._settings.start_training_each_n_updates:
+        if ask.changes < self._settings.start_training_each_n_updates or ask.not_before > time.time():
             return False
         return self._start(project)
 
     def start(self, project: str) -> bool:
         """Train as soon as may be. Returns whether a process was started; False: one is at work and will go on."""
-        self._update_ask(project, lambda ask: replace(ask, at_once=True))
+        self._update_ask(project, lambda ask: replace(ask, at_once=True, not_before=0.0))
         return self._start(project)
 
     def run(self, project: str) -> Run:
-        """How the project's newest run stands. A run whose process is gone counts as failed."""
+        """How the project's newest run stands. One whose process is gone waits to be begun again, or has failed."""
         run = _load(self._path(project, "state"), Run)
         if run.state in ("waiting", "training") and not self._is_locked(project):
             # It may have ended between the two looks.
-            run = _load(self._path(project, "state"), Run)
-            if run.state in ("waiting", "training"):
-                return replace(
-                    run, state="failed", message=f"the training process ended while {run.state}; see its log"
-                )
+            run, ask = _load(self._path(project, "state"), Run), self.ask(project)
+            is_given_up = self._due_in(ask) is None
+            if run.state == "training" or (run.state == "waiting" and is_given_up):
+                return replace(run, state="failed" if is_given_up else "waiting", message=self._died(project, ask))
         return run
 
     def runs(self) -> dict[str, Run]:
         """The newest run of each project that ever had one."""
-        return {path.name.removesuffix(".state.json"): self.run(path.name.removesuffix(".state.json"))
-                for path in sorted(self._folder.glob("*.state.json"))}  # fmt: skip
+        return {project: self.run(project) for project in self._projects("state")}
 
     def ask(self, project: str) -> Ask:
-        """What was asked and is not begun yet."""
+        """What is asked and not done yet."""
         return _load(self._path(project, "ask"), Ask)
 
     def log_path(self, project: str) -> Path:
         """What the training process printed."""
         return self._path(project, "log", "txt")
 
-    def work(self, project: str, train: Train) -> None:
-        """In the training process: call ``train(progress)`` until nothing more is asked.
+    def forget(self, project: str) -> None:
+        """Leave nothing of a project."""
+        for path in self._folder.glob(f"{project}.*"):
+            if path.name.removeprefix(f"{project}.").split(".")[0] in ("ask", "state", "log", "lock"):
+                path.unlink(missing_ok=True)
 
-        ``train`` returns the new version's name and a sentence for people. Returns at once when another process does
-        the same.
+    def tend(self, stop: threading.Event) -> None:
+        """Until ``stop``: begin what is asked and nobody is at work on. One of all server processes does, at a time."""
+        lock, is_first_look = FileLock(self._folder / "tend.lock"), True
+        while not stop.wait(_TEND_EVERY_S):
+            try:
+                if not self._folder.is_dir():
+                    continue
+                if not lock.is_locked:
+                    lock.acquire(timeout=0)
+                self._begin_due(is_first_look=is_first_look)
+                is_first_look = False
+            except Timeout:
+                continue
+            except OSError as error:
+                log.warning("training that is asked for cannot be begun: %s", error)
+        lock.release(force=True)
+
+    def work(self, project: str, train: Train) -> None:
+        """In the training process: call ``train(progress)`` until nothing more is asked, or it must be put off.
+
+        ``train`` returns the new version's name and a sentence for people. What it raises ends the run as failed; after
+        `NotNow` it is put off, and after what is no BackendError at all it is begun again a few times. Returns at once
+        when another process is at work on the project.
         """
         try:
             # A second, since a glance at the lock (`run`) holds it for a moment.
             with FileLock(self._path(project, "lock", ""), timeout=1):
                 while self._due(project):
-                    self._train_once(project, train)
+                    with self._turn(project):
+                        is_over = self._train_once(project, train)
+                    if not is_over:
+                        return
         except Timeout:
             log.info("training of project %s is at work already", project)
             return
         # Somebody may have asked after our last look and found the lock still held.
-        if self._is_asked(self.ask(project)):
+        ask = self.ask(project)
+        if self._due_in(ask) is not None and ask.not_before <= time.time():
             self.work(project, train)
 
     def _due(self, project: str) -> bool:
-        """Wait for a person's word or for quiet after enough changes; False where neither is asked."""
+        """Wait for a person's word or for quiet after enough changes; False where neither is asked, or not yet."""
         while True:
             ask = self.ask(project)
-            if ask.at_once:
-                return True
-            if not self._is_asked(ask):
+            left_s = self._due_in(ask)
+            if left_s is None or ask.not_before > time.time():
                 return False
-            left_s = ask.last_change + self._settings.training_quiet_s - time.time()
             if left_s <= 0:
                 return True
-            self._write_run(
+            self._show(
                 project, Run("waiting", f"{ask.changes} annotations changed; waiting for quiet", pid=os.getpid())
             )
             time.sleep(min(left_s, 0.25))
 
-    def _is_asked(self, ask: Ask) -> bool:
-        return ask.at_once or ask.changes >= self._settings.start_training_each_n_updates
+    def _due_in(self, ask: Ask) -> float | None:
+        """Seconds until a run is to begin, 0 or less for now; None where none is asked."""
+        if ask.at_once:
+            due = 0.0
+        elif ask.changes >= self._settings.start_training_each_n_updates:
+            due = ask.last_change + self._settings.training_quiet_s
+        elif ask.is_owed and ask.tries <= len(PAUSES_S):
+            due = 0.0
+        else:
+            return None
+        return max(due, ask.not_before) - time.time()
 
-    def _train_once(self, project: str, train: Train) -> None:
-        begun = self._update_ask(project, lambda ask: Ask(), give_old=True)
+    def _train_once(self, project: str, train: Train) -> bool:
+        """Whether the run is over. It is not where it has to be begun again later."""
+        ask = self._update_ask(project, self._taken_on)
         run = Run("training", "reading annotations", started=time.time(), pid=os.getpid())
-        self._write_run(project, run)
+        self._show(project, run)
+
+        is_over = threading.Event()
 
         def progress(done: float, message: str) -> None:
-            self._write_run(project, replace(run, progress=done, message=message))
+            if not is_over.is_set():
+                self._show(project, replace(run, progress=done, message=message))
+
+        def end(message: str, **how: Any) -> None:
+            is_over.set()
+            # The ask last: a process that dies in between does the run once more.
+            self._show(project, replace(run, message=message, finished=time.time(), **how))
+            self._update_ask(project, _over)
+
+        def put_off(delay_s: float, message: str, **how: Any) -> bool:
+            self._update_ask(project, lambda ask: replace(ask, not_before=time.time() + delay_s, **how))
+            again = f"; tried again in {delay_s / 60:.0f} min" if delay_s > 90 else f"; tried again in {delay_s:.0f} s"
+            self._show(project, replace(run, state="waiting", message=message + again, finished=time.time()))
+            return False
 
         try:
-            version, message = train(progress)
+            with self._limits(lambda message: end(message, state="failed")):
+                version, message = train(progress)
+        except NotNow as error:
+            log.warning("training of project %s is put off: %s", project, error)
+            delay_s = min(_FIRST_DELAY_S * 2 ** min(ask.delays, 20), _MAX_DELAY_S)
+            return put_off(delay_s, str(error), tries=0, delays=ask.delays + 1)
+        except BackendError as error:
+            log.warning("training of project %s failed: %s", project, error)
+            end(str(error), state="failed")
         except Exception as error:
             log.exception("training of project %s failed", project)
-            self._write_run(
-                project, replace(run, state="failed", message=str(error) or repr(error), finished=time.time())
-            )
-            return
+            message = f"unexpected {type(error).__name__}: {error}; see {self.log_path(project).name}"
+            if ask.tries <= len(PAUSES_S):
+                return put_off(PAUSES_S[ask.tries - 1], message)
+            end(message, state="failed")
         except BaseException:
-            # Killed or interrupted: what was asked is still owed.
-            self._update_ask(
-                project,
-                lambda ask: replace(ask, changes=ask.changes + begun.changes, at_once=ask.at_once or begun.at_once),
-            )
+            # Interrupted by a person or the system: no fault of the run's.
+            self._update_ask(project, lambda ask: replace(ask, tries=max(ask.tries - 1, 0), not_before=0.0))
             raise
-        self._write_run(
-            project, replace(run, state="done", message=message, progress=1.0, finished=time.time(), version=version)
+        else:
+            end(message, state="done", progress=1.0, version=version)
+        return True
+
+    def _taken_on(self, ask: Ask) -> Ask:
+        is_new = ask.at_once or ask.changes >= self._settings.start_training_each_n_updates
+        tries = 1 if is_new or not ask.is_owed else ask.tries + 1
+        # For the case that this process dies: while it lives, nobody else looks at the time.
+        pause_s = PAUSES_S[min(tries, len(PAUSES_S)) - 1]
+        return Ask(is_owed=True, tries=tries, delays=ask.delays, not_before=time.time() + pause_s if pause_s else 0.0)
+
+    def _died(self, project: str, ask: Ask) -> str:
+        log_name = self.log_path(project).name
+        if self._due_in(ask) is not None:
+            return f"the training process ended before it was done ({log_name}); it is begun again"
+        return (
+            f"the training process ended {ask.tries} times before it was done; see {log_name}. START_TRAINING,"
+            f" {self._settings.start_training_each_n_updates} more annotations or a restart begin it again"
         )
+
+    @contextmanager
+    def _limits(self, end: Callable[[str], None]) -> Iterator[None]:
+        """End this process, having called ``end`` with the reason, where the run takes too long or too much memory.
+
+        Not RLIMIT_AS: it counts addresses that are reserved and never used, of which torch has several GB, and what
+        fails for lack of them fails anywhere, without a sentence.
+        """
+        max_s, max_mb = 2 * self._settings.training_max_s + _GRACE_S, self._settings.training_max_mb
+        began, is_done = time.monotonic(), threading.Event()
+
+        def look() -> None:
+            while not is_done.wait(_LOOK_EVERY_S):
+                reason = ""
+                if max_mb and _resident_mb() > max_mb:
+                    reason = f"it needed more than {max_mb} MB of memory (GEOPRELABEL_TRAINING_MAX_MB)"
+                elif time.monotonic() > began + max_s:
+                    reason = f"it took more than {max_s:.0f} s (twice GEOPRELABEL_TRAINING_MAX_S and {_GRACE_S:.0f} s)"
+                if reason:
+                    try:
+                        end(f"the run was ended: {reason}")
+                    finally:
+                        os._exit(1)
+
+        # Should that thread not get its turn, as where native code hangs: this one needs no turn.
+        faulthandler.dump_traceback_later(max_s + _HANGS_S, exit=True, file=2)
+        watch = threading.Thread(target=look, name="limits", daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            is_done.set()
+            watch.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _begin_due(self, *, is_first_look: bool) -> None:
+        for project in self._projects("ask"):
+            ask = self.ask(project)
+            if self._is_locked(project):
+                self._pauses.pop(project, None)
+                continue
+            if is_first_look and ask.is_owed:
+                # A server that was started anew is a reason to hope: once more, and now.
+                tries = min(ask.tries, len(PAUSES_S))
+                ask = self._update_ask(project, lambda ask, t=tries: replace(ask, tries=t, not_before=0.0))  # type: ignore[misc]
+            left_s = self._due_in(ask)
+            next_s, pause_s = self._pauses.get(project, (0.0, 2.0))
+            if left_s is None:
+                self._pauses.pop(project, None)
+            elif left_s <= 0 and time.monotonic() >= next_s and self._start(project):
+                # Where a process dies before it can write anything, nothing but this keeps us from starting hundreds.
+                self._pauses[project] = time.monotonic() + pause_s, min(pause_s * 2, 300.0)
 
     def _start(self, project: str) -> bool:
         with self._children_lock:
-            self._children = [child for child in self._children if child.poll() is None]
-            if self._is_locked(project):
+            self._children = {name: child for name, child in self._children.items() if child.poll() is None}
+            if project in self._children or self._is_locked(project):
                 return False
             command = [sys.executable, "-m", "backend", "train", "--queued", "--project", project]
-            with open(self.log_path(project), "ab") as output:
+            path = self.log_path(project)
+            is_long = path.exists() and path.stat().st_size > _MAX_LOG_BYTES
+            with open(path, "wb" if is_long else "ab") as output:
                 # Its own session: a server that is stopped or reloaded does not take the training with it.
-                child = subprocess.Popen(
+                self._children[project] = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                     env={**os.environ, "GEOPRELABEL_DATA_DIR": str(self._settings.data_dir.absolute()),
                          "MODEL_DIR": str(self._settings.model_dir.absolute())},
                 )  # fmt: skip
-            self._children.append(child)
-        log.info("training process %d started for project %s", child.pid, project)
+        log.info("training process %d started for project %s", self._children[project].pid, project)
         return True
 
     def _is_locked(self, project: str) -> bool:
@@ -213,46 +380,71 @@ class Jobs:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder / ".".join(part for part in (project, kind, ending) if part)
 
-    def _update_ask(self, project: str, change: Callable[[Ask], Ask], *, give_old: bool = False) -> Ask:
+    def _projects(self, kind: str) -> list[str]:
+        ending = f".{kind}.json"
+        return sorted(path.name.removesuffix(ending) for path in self._folder.glob(f"*{ending}"))
+
+    def _update_ask(self, project: str, change: Callable[[Ask], Ask]) -> Ask:
         path = self._path(project, "ask")
         with FileLock(f"{path}.lock"):
-            old = _load(path, Ask)
-            new = change(old)
-            _save(path, new)
-        return old if give_old else new
+            ask = change(_load(path, Ask))
+            _save(path, ask)
+        return ask
 
-    def _write_run(self, project: str, run: Run) -> None:
-        _save(self._path(project, "state"), run)
+    def _show(self, project: str, run: Run) -> None:
+        """For people only: a full disk must not end a run."""
+        try:
+            _save(self._path(project, "state"), run)
+        except OSError as error:
+            log.error("how training of project %s stands cannot be written: %s", project, error)
+
+    @contextmanager
+    def _turn(self, project: str) -> Iterator[None]:
+        """Wait for one of the places that trainings of all projects share on this machine, and keep it."""
+        locks = [FileLock(self._folder / f"place-{n}.lock") for n in range(self._settings.trainings_at_once)]
+        while True:
+            for lock in locks:
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
+                try:
+                    yield
+                finally:
+                    lock.release()
+                return
+            self._show(project, Run("waiting", "waiting for another project's training", pid=os.getpid()))
+            time.sleep(0.25)
 
 
-@contextmanager
-def turn_in(folder: Path, places: int) -> Iterator[None]:
-    """Wait for one of ``places`` that all processes share, and keep it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    locks = [FileLock(folder / f"place-{number}.lock") for number in range(places)]
-    while True:
-        for lock in locks:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                yield
-            finally:
-                lock.release()
-            return
-        time.sleep(0.2)
+def _over(ask: Ask) -> Ask:
+    """What is left to do after a run: what came in since it began."""
+    return Ask(changes=ask.changes, last_change=ask.last_change, at_once=ask.at_once)
+
+
+def _resident_mb() -> float:
+    """Memory that this process holds, in MB; where the system does not tell, the most that it ever held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _load(path: Path, kind: type[Record]) -> Record:
     try:
         record: Any = json.loads(path.read_text())
-        return kind(**record)
+        # Another release may know more, or less.
+        return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return kind()
 
 
 def _save(path: Path, record: Ask | Run) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as scratch:
-        json.dump(asdict(record), scratch)
-    os.replace(scratch.name, path)
+        try:
+            json.dump(asdict(record), scratch)
+            scratch.close()
+            os.replace(scratch.name, path)
+        except BaseException:
+            os.unlink(scratch.name)
+            raise

@@ -42,9 +42,9 @@ def as_json(value: Any, status: int = 200, **headers: str) -> Answer:
 
 
 class SmallServer:
-    """``answer`` is called with each request, in the request's own thread."""
+    """``answer`` is called with each request, in the request's own thread. ``port`` 0 takes a free one."""
 
-    def __init__(self, answer: Callable[[Asked], Answer]) -> None:
+    def __init__(self, answer: Callable[[Asked], Answer], port: int = 0) -> None:
         self.asked: list[Asked] = []
         seen = self.asked
 
@@ -80,7 +80,7 @@ class SmallServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """Callers that hang up are part of the tests."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 

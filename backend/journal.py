@@ -1,0 +1,367 @@
+"""What training learns from: a project's annotations, kept on this side of the wire.
+
+Webhooks write into it as annotators save; before each run, and when a server starts, it is reconciled with Label
+Studio, which has the last word. So an event that got lost, a restart, or an annotation that was changed or deleted
+while nobody listened makes no difference. It is a SQLite file in the data folder, or the database that
+GEOPRELABEL_DATABASE_URL names; any number of processes may use it at once.
+
+Each row says when it was last heard of (``seen``). What a reconciliation brings replaces everything from before it
+began. What came by webhook since then is newer than the pages that were read, and stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import BackendError
+from .findings import digest_of, version_of
+from .problems import Problems
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+Answer = TypeVar("Answer")
+
+_BATCH = 50
+"""Tasks that are written, or read, in one transaction: others wait for no more than that."""
+
+_WAIT_S = 30.0
+_GLANCE_S = 0.2
+"""Wait for another process's write within an annotator's save."""
+
+_PAUSE_S = 30.0
+"""After an event that could not be written no other is tried for so long: each would hold up a save."""
+
+_ANNOTATION_FIELDS = (
+    "id", "result", "was_cancelled", "ground_truth", "created_at", "updated_at", "completed_by", "lead_time",
+    "parent_prediction",
+)  # fmt: skip
+_PREDICTION_FIELDS = ("id", "result", "score", "model_version", "created_at")
+
+# SQLite and PostgreSQL both read all that follows.
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS project (project TEXT PRIMARY KEY)",
+    "CREATE TABLE IF NOT EXISTS task (project TEXT, id BIGINT, seen DOUBLE PRECISION NOT NULL, data TEXT NOT NULL,"
+    " predictions TEXT, PRIMARY KEY (project, id))",
+    "CREATE TABLE IF NOT EXISTS annotation (project TEXT, id BIGINT, seen DOUBLE PRECISION NOT NULL, task BIGINT NOT"
+    " NULL, version DOUBLE PRECISION NOT NULL, digest TEXT NOT NULL, is_submitted BOOLEAN NOT NULL, is_deleted BOOLEAN"
+    " NOT NULL, body TEXT NOT NULL, PRIMARY KEY (project, id))",
+    "CREATE INDEX IF NOT EXISTS annotation_of_task ON annotation (project, task)",
+)
+_PUT_PROJECT = "INSERT INTO project (project) VALUES (:project) ON CONFLICT DO NOTHING"
+# Events hold no predictions: what Label Studio said of them earlier stays.
+_PUT_TASK = (
+    "INSERT INTO task (project, id, seen, data, predictions) VALUES (:project, :id, :seen, :data, :predictions)"
+    " ON CONFLICT (project, id) DO UPDATE SET seen = excluded.seen, data = excluded.data,"
+    " predictions = coalesce(excluded.predictions, task.predictions)"
+)
+_PUT_ANNOTATION = (
+    "INSERT INTO annotation (project, id, seen, task, version, digest, is_submitted, is_deleted, body)"
+    " VALUES (:project, :id, :seen, :task, :version, :digest, :is_submitted, :is_deleted, :body)"
+    " ON CONFLICT (project, id) DO UPDATE SET seen = excluded.seen, task = excluded.task, version = excluded.version,"
+    " digest = excluded.digest, is_submitted = excluded.is_submitted, is_deleted = excluded.is_deleted,"
+    " body = excluded.body WHERE "
+)
+_NOTE_ANNOTATION = (
+    _PUT_ANNOTATION + "excluded.is_deleted OR (NOT annotation.is_deleted AND excluded.version >= annotation.version)"
+)
+_RECONCILE_ANNOTATION = (
+    _PUT_ANNOTATION
+    + "annotation.seen < :began OR (NOT annotation.is_deleted AND excluded.version > annotation.version)"
+)
+_DELETE_OF_TASK = (
+    "UPDATE annotation SET is_deleted = TRUE, is_submitted = FALSE, seen = :seen"
+    " WHERE project = :project AND task = :id"
+)
+_PAGE = (
+    "SELECT id, data, predictions FROM task WHERE project = :project AND id > :above AND EXISTS (SELECT 1 FROM"
+    " annotation WHERE annotation.project = task.project AND annotation.task = task.id AND is_submitted)"
+    " ORDER BY id LIMIT :count"
+)
+_DRAWN = (
+    "SELECT task, body FROM annotation WHERE project = :project AND task BETWEEN :first AND :last AND NOT is_deleted"
+    " ORDER BY id"
+)
+
+
+class JournalError(BackendError):
+    """The journal's database is missing, full, damaged or not to be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What Label Studio knew better, in submitted annotations."""
+
+    added: int = 0
+    """Annotations whose event never came."""
+
+    updated: int = 0
+    dropped: int = 0
+    """Annotations that were deleted, or skipped after all."""
+
+    kept: int = 0
+    """Annotations that were known as they are."""
+
+    @property
+    def changes(self) -> int:
+        """How many annotations are not as the journal had them."""
+        return self.added + self.updated + self.dropped
+
+
+class Journal:
+    """The annotations of all projects. Raises JournalError where its database cannot be used, but for `note`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Nothing is opened or written before the first use."""
+        self._settings = settings
+        self._path = settings.data_dir / "journal.sqlite3"
+        self._problems = Problems(settings.data_dir)
+        self._paused_until = 0.0
+        self.has_missed = False
+        """Whether this process had an event that it could not write down, which `reconcile` has to make up for."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is certain, without opening it, that nothing was ever written."""
+        return not self._settings.database_url.get_secret_value() and not self._path.exists()
+
+    def note(self, project: str, payload: Mapping[str, Any]) -> None:
+        """Write down a webhook event. Never raises: Label Studio keeps what is missed here, and `reconcile` gets it."""
+        if time.monotonic() < self._paused_until:
+            self.has_missed = True
+            return
+        try:
+            self._do(lambda base: _write_event(base, project, payload), wait_s=_GLANCE_S)
+        except Exception as error:
+            if not isinstance(error, JournalError):
+                log.exception("an event of project %s could not be written down", project)
+            self.has_missed = True
+            self._paused_until = time.monotonic() + _PAUSE_S
+            self._problems.add(f"journal, project {project}", f"{error}; the next training asks Label Studio instead")
+
+    def reconcile(self, project: str, tasks: Iterable[Mapping[str, Any]]) -> Reconciled:
+        """Make the journal say what Label Studio says: ``tasks`` are all of a project's tasks that have annotations.
+
+        Where ``tasks`` raises on its way, what came before is kept and nothing is dropped.
+        """
+        began, counts = time.time(), {"added": 0, "updated": 0, "kept": 0}
+        remaining = (task for task in tasks if _number(task.get("id")) is not None)
+        self._do(lambda base: _execute(base, _PUT_PROJECT, {"project": project}))
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            written = self._do(functools.partial(_write_batch, project=project, batch=batch, began=began))
+            for name, count in written.items():
+                counts[name] += count
+        dropped = self._do(functools.partial(_sweep, project=project, began=began))
+        return Reconciled(**counts, dropped=dropped)
+
+    def tasks(self, project: str) -> Iterator[Json]:
+        """Tasks with a submitted annotation, by id, as Label Studio exports them; a few in memory at a time.
+
+        With ``id``, ``data``, ``annotations`` (skipped ones too) and the ``predictions`` that Label Studio had when it
+        was last asked.
+        """
+        last_id = -1
+        while not self.is_empty:
+            page = self._do(functools.partial(_read_page, project=project, above=last_id))
+            if not page:
+                return
+            yield from page
+            last_id = page[-1]["id"]
+
+    def projects(self) -> list[str]:
+        """Keys of the projects that were ever heard of."""
+        if self.is_empty:
+            return []
+        return self._do(lambda base: [key for (key,) in _execute(base, "SELECT project FROM project ORDER BY project")])
+
+    def forget(self, project: str) -> None:
+        """Leave nothing of a project."""
+
+        def write(base: Connection) -> None:
+            for table in ("project", "task", "annotation"):
+                _execute(base, f"DELETE FROM {table} WHERE project = :project", {"project": project})
+
+        if not self.is_empty:
+            self._do(write)
+            if self._engine.dialect.name == "sqlite":
+                # It still stands in the log of what was written.
+                with self._engine.connect() as base:
+                    _execute(base, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def warm_up(self) -> None:
+        """Load the database's library now, which would hold up the first event."""
+        import sqlalchemy  # noqa: F401
+
+    def close(self) -> None:
+        """Let go of all connections; the next use makes new ones."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.dispose()
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        import sqlalchemy
+
+        named = self._settings.database_url.get_secret_value()
+        url = sqlalchemy.make_url(named or f"sqlite:///{self._path.absolute()}")
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() != "sqlite":
+            engine = sqlalchemy.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 2})
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            engine = sqlalchemy.create_engine(url)
+            sqlalchemy.event.listen(engine, "connect", _prepare_sqlite)
+        with engine.begin() as base:
+            for statement in _TABLES:
+                _execute(base, statement)
+        return engine
+
+    def _do(self, work: Callable[[Connection], Answer], *, wait_s: float = _WAIT_S) -> Answer:
+        """What ``work`` gives, in one transaction."""
+        try:
+            from sqlalchemy.exc import SQLAlchemyError
+
+            with self._engine.begin() as base:
+                is_sqlite = base.dialect.name == "sqlite"
+                _execute(
+                    base, f"{'PRAGMA busy_timeout' if is_sqlite else 'SET LOCAL lock_timeout'} = {wait_s * 1000:.0f}"
+                )
+                return work(base)
+        except ImportError as error:
+            raise JournalError(
+                f"GEOPRELABEL_DATABASE_URL needs a driver that is missing ({error}); pip install 'psycopg[binary]'"
+            ) from error
+        except (SQLAlchemyError, OSError) as error:
+            # The next call opens it anew: the file may have been deleted meanwhile.
+            self.close()
+            reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            if self._settings.database_url.get_secret_value():
+                raise JournalError(f"the database of GEOPRELABEL_DATABASE_URL cannot be used: {reason}") from error
+            hint = "; delete it: Label Studio has what it held" if "malformed" in reason or "not a d" in reason else ""
+            raise JournalError(f"{self._path} cannot be used: {reason}{hint}") from error
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000:.0f}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA secure_delete = ON")
+
+
+def _execute(base: Connection, statement: str, rows: Json | Sequence[Json] = ()) -> Any:
+    from sqlalchemy import text
+
+    return base.execute(text(statement), rows or None)
+
+
+def _write_event(base: Connection, project: str, payload: Mapping[str, Any]) -> None:
+    action, tasks, made = payload.get("action"), _objects(payload, "task"), _objects(payload, "annotation")
+    _execute(base, _PUT_PROJECT, {"project": project})
+    if action in ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED"):
+        # Their rows stay as a sign, so that a reconciliation that is under way does not bring them back.
+        gone = [_annotation_row(project, 0, each, is_deleted=True) for each in made + _objects(payload, "annotations")]
+        _put(base, _NOTE_ANNOTATION, gone)
+    elif action == "TASKS_DELETED":
+        gone = [{"project": project, "id": task["id"], "seen": time.time()} for task in _objects(payload, "tasks")]
+        _put(base, _DELETE_OF_TASK, gone)
+    elif action in ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED"):
+        made = [a for a in made if _number(a.get("task")) is not None and isinstance(a.get("result"), list)]
+        _put(base, _PUT_TASK, [_task_row(project, task) for task in tasks if isinstance(task.get("data"), Mapping)])
+        _put(base, _NOTE_ANNOTATION, [_annotation_row(project, a["task"], a) for a in made])
+
+
+def _write_batch(base: Connection, *, project: str, batch: Sequence[Mapping[str, Any]], began: float) -> dict[str, int]:
+    """Write what Label Studio said of some tasks; how many submitted annotations are new, changed and as they were."""
+    from sqlalchemy import bindparam, text
+
+    rows = [_annotation_row(project, task["id"], a) for task in batch for a in _objects(task, "annotations")]
+    find = text("SELECT id, digest, is_submitted FROM annotation WHERE project = :project AND id IN :ids")
+    found = base.execute(
+        find.bindparams(bindparam("ids", expanding=True)), {"project": project, "ids": [row["id"] for row in rows]}
+    )
+    known = {number: (digest, is_submitted) for number, digest, is_submitted in found}
+    counted = {"added": 0, "updated": 0, "kept": 0}
+    for row in rows:
+        digest, was_submitted = known.get(row["id"], ("", False))
+        outcome = "kept" if digest == row["digest"] else "updated" if digest else "added"
+        counted[outcome] += bool(row["is_submitted"] or (outcome == "updated" and was_submitted))
+    _put(base, _PUT_TASK, [_task_row(project, task) for task in batch])
+    _put(base, _RECONCILE_ANNOTATION, [{**row, "began": began} for row in rows])
+    return counted
+
+
+def _sweep(base: Connection, *, project: str, began: float) -> int:
+    """Drop what Label Studio did not name; how many submitted annotations that were."""
+    old = {"project": project, "began": began}
+    is_old = "WHERE project = :project AND seen < :began"
+    dropped = _execute(base, f"SELECT count(*) FROM annotation {is_old} AND is_submitted", old).scalar_one()
+    _execute(base, f"DELETE FROM annotation {is_old}", old)
+    _execute(base, f"DELETE FROM task {is_old}", old)
+    return int(dropped)
+
+
+def _read_page(base: Connection, *, project: str, above: int) -> list[Json]:
+    page = {
+        number: {"id": number, "data": json.loads(data), "annotations": [], "predictions": json.loads(made or "[]")}
+        for number, data, made in _execute(base, _PAGE, {"project": project, "above": above, "count": _BATCH})
+    }
+    if page:
+        span = {"project": project, "first": min(page), "last": max(page)}
+        for number, body in _execute(base, _DRAWN, span):
+            if number in page:
+                page[number]["annotations"].append(json.loads(body))
+    return list(page.values())
+
+
+def _put(base: Connection, statement: str, rows: Sequence[Json]) -> None:
+    if rows:
+        _execute(base, statement, rows)
+
+
+def _annotation_row(project: str, task: int, annotation: Mapping[str, Any], *, is_deleted: bool = False) -> Json:
+    return {
+        "project": project,
+        "id": annotation["id"],
+        "seen": time.time(),
+        "task": task,
+        "version": version_of(annotation),
+        "digest": digest_of(annotation),
+        "is_submitted": not is_deleted and not annotation.get("was_cancelled"),
+        "is_deleted": is_deleted,
+        "body": json.dumps({name: annotation[name] for name in _ANNOTATION_FIELDS if name in annotation}),
+    }
+
+
+def _task_row(project: str, task: Mapping[str, Any]) -> Json:
+    known = task.get("predictions")
+    kept = [{name: p[name] for name in _PREDICTION_FIELDS if name in p} for p in _objects(task, "predictions")]
+    return {
+        "project": project,
+        "id": task["id"],
+        "seen": time.time(),
+        "data": json.dumps(task.get("data") or {}),
+        "predictions": json.dumps(kept) if isinstance(known, list) else None,
+    }
+
+
+def _objects(holder: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The objects with a number of a list, or the one object."""
+    value = holder.get(name)
+    listed = value if isinstance(value, list) else [value]
+    return [item for item in listed if isinstance(item, Mapping) and _number(item.get("id")) is not None]
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None

@@ -1,0 +1,143 @@
+"""What a connected backend costs an annotator's save: the same saves in two projects of one real Label Studio, in turn.
+
+    python benchmarks/webhook.py [--saves 40]
+
+Label Studio tells its backends inside the save, and the annotator waits for that. One project has no backend. The other
+has this one, with its webhook and with "start training on annotation submission" switched on, so that each save
+carries two calls. First no training runs, then one runs all the time. Prints one JSON line, in milliseconds:
+
+plain_*        a save without a backend
+connected_*    the same save with it
+added_*        median difference of the pairs: two saves one after the other, of which either is first by turns
+answer_*       what the backend itself took of that, on average of all its answers to Label Studio's events
+goal_ms        what the project has set for the difference while training runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backend.client import LabelStudio
+from demo.backend import BackendServer
+from demo.label_studio import LabelStudioServer, label_studio_venv
+from demo.scene import make_scene
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "buildings.xml"
+GOAL_MS = 50.0
+REGIONS, CORNERS = 20, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=40, help="of each kind")
+    saves = parser.parse_args().saves
+    venv = label_studio_venv()
+    if venv is None:
+        sys.exit("no Label Studio: `make demo` installs one, or set GEOPRELABEL_LS_VENV to an environment with one")
+    with tempfile.TemporaryDirectory() as scratch, LabelStudioServer(venv, Path(scratch) / "label-studio") as server:
+        folder = Path(scratch)
+        make_scene(folder / "town.tif", size_px=(1200, 1000))
+        # Training is started by hand below, or it would run in the first half as well.
+        backend = BackendServer(
+            folder / "data", LABEL_STUDIO_URL=server.url, LABEL_STUDIO_API_KEY=server.token,
+            START_TRAINING_EACH_N_UPDATES="1000000", GEOPRELABEL_TRAINING_MAX_S="60",
+        )  # fmt: skip
+        with backend, LabelStudio(server.url, server.token) as api:
+            backend.command("ingest", str(folder / "town.tif"))
+            print(json.dumps(measure(backend, api, saves)))
+
+
+def measure(backend: BackendServer, api: LabelStudio, saves: int) -> dict[str, Any]:
+    tasks = str(backend.data_dir / "tasks.json")
+    connected = backend.command(
+        "push", tasks, "--project", "with", "--config", str(CONFIG), "--backend-url", backend.url
+    )
+    project, backend_id = int(connected["project_id"]), int(connected["backend_id"])
+    plain = int(
+        backend.command("push", tasks, "--project", "without", "--config", str(CONFIG), "--no-connect")["project_id"]
+    )
+    pairs = list(zip([t["id"] for t in api.tasks(plain)], [t["id"] for t in api.tasks(project)], strict=True))
+    for pair in pairs[:3]:
+        saved(api, pair, 0)  # what is slow once, on both sides
+    before = answering(backend)
+    figures = told("idle", [saved(api, pairs[i % len(pairs)], i) for i in range(saves)])
+    figures["answer_idle_ms"] = per_event(before, before := answering(backend))
+    api.update_project(project, start_training_on_annotation_update=True)
+    api.start_training(backend_id)
+    times = []
+    while len(times) < saves:
+        pair = saved(api, pairs[len(times) % len(pairs)], len(times))
+        if any(run["state"] == "training" for run in backend.get("/status")["training"].values()):
+            times.append(pair)
+        else:
+            time.sleep(0.2)
+    figures |= told("training", times)
+    figures["answer_training_ms"] = per_event(before, answering(backend))
+    return {**figures, "goal_ms": GOAL_MS, "missed": figures["added_training_ms"] > GOAL_MS}
+
+
+def answering(backend: BackendServer) -> tuple[float, float]:
+    """Seconds spent on events so far, and how many there were."""
+    with urllib.request.urlopen(f"{backend.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    seconds, count = (
+        sum(
+            float(value)
+            for value in re.findall(rf'^geoprelabel_request_seconds_{what}{{route="webhook".*}} (\S+)$', text, re.M)
+        )
+        for what in ("sum", "count")
+    )
+    return seconds, count
+
+
+def per_event(before: tuple[float, float], after: tuple[float, float]) -> float:
+    return round((after[0] - before[0]) / max(after[1] - before[1], 1) * 1000, 1)
+
+
+def saved(api: LabelStudio, tasks: tuple[int, int], number: int) -> tuple[float, float]:
+    """Milliseconds that the save took without the backend and with it."""
+    spent = {}
+    for task in tasks if number % 2 else tasks[::-1]:
+        begun = time.perf_counter()
+        api.create_annotation(task, drawn(number))
+        spent[task] = (time.perf_counter() - begun) * 1000
+    return spent[tasks[0]], spent[tasks[1]]
+
+
+def drawn(number: int) -> list[dict[str, Any]]:
+    """As much as an annotator has on a tile of a town."""
+    side = [(0, 0), (2, 0), (4, 0), (4, 2), (4, 4), (2, 4), (0, 4), (0, 2)][:CORNERS]
+    return [
+        {"id": f"r{number}-{i}", "from_name": "polygon", "to_name": "image", "type": "polygonlabels",
+         "original_width": 512, "original_height": 512, "image_rotation": 0, "origin": "manual",
+         "value": {"points": [[x + 19 * (i % 5) + number % 7, y + 19 * (i // 5)] for x, y in side],
+                   "closed": True, "polygonlabels": ["building"]}}
+        for i in range(REGIONS)
+    ]  # fmt: skip
+
+
+def told(when: str, pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    plain, connected = zip(*pairs, strict=True)
+    return {
+        f"plain_{when}_ms": round(statistics.median(plain), 1),
+        f"connected_{when}_ms": round(statistics.median(connected), 1),
+        f"added_{when}_ms": round(statistics.median(b - a for a, b in pairs), 1),
+        f"connected_{when}_ms_p95": round(sorted(connected)[int(0.95 * (len(pairs) - 1))], 1),
+        f"plain_{when}_ms_p95": round(sorted(plain)[int(0.95 * (len(pairs) - 1))], 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
