@@ -144,12 +144,12 @@ def evaluate(predicted: Path, truth: Path, *, label: str | None = None, iou: flo
     invalid = sum(not shape.is_valid for _, shape in guesses)
     to_utm = _utm([shape for _, shape in (*guesses, *truths)]) if guesses or truths else None
     a, b = ([(name, _metres(shape, to_utm)) for name, shape in listed if to_utm] for listed in (guesses, truths))
-    overlaps = _overlaps(a, b)
-    pairs = overlaps.pairs(iou)
+    lying = overlaps(a, b)
+    pairs = lying.pairs(iou)
     matched = len(pairs)
     # Nothing found where there is nothing is right.
     nothing = float(not a and not b)
-    object_fates, prediction_fates = overlaps.fates(pairs)
+    object_fates, prediction_fates = lying.fates(pairs)
     corners = [_corners(shape) for _, shape in a], [_corners(shape) for _, shape in b]
     parts = [part for _, shape in a for part in vectorize.repair(shape)]
     return Evaluation(
@@ -222,8 +222,8 @@ def _metres(shape: BaseGeometry, to_utm: pyproj.Transformer) -> BaseGeometry:
     return shapely.union_all(vectorize.repair(moved))
 
 
-def _overlaps(a: Sequence[Labelled], b: Sequence[Labelled]) -> Overlaps:
-    """Of predictions and true objects whose labels agree, or where one has none."""
+def overlaps(a: Sequence[Labelled], b: Sequence[Labelled]) -> Overlaps:
+    """How predictions lie on true objects whose labels agree, or where one has none; valid shapes, in any frame."""
     guesses = np.array([shape for _, shape in a], dtype=object)
     truths = np.array([shape for _, shape in b], dtype=object)
     i, j = STRtree(truths).query(guesses, predicate="intersects")

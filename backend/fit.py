@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__, labelstudio
-from .errors import BackendError, TrainingError
+from .client import NotFound, Unreachable
+from .errors import BackendError, LabelStudioError, TrainingError
 from .images import ImageStore
-from .jobs import turn_in
+from .jobs import NotNow
+from .journal import Journal, JournalError
 from .labelstudio import LabelConfig
-from .predictor import load_segmenter
+from .predictor import Trainable, damage, live_model, load_segmenter
 from .problems import Problems
 from .push import DEFAULT_CONFIG
-from .registry import ModelVersion, Registry
+from .registry import HEADS_FILE, ModelVersion, Registry
 from .service import client_of, parsed_config, project_key_of, read_tasks
 from .settings import Settings
 from .tile import Tile
 
 if TYPE_CHECKING:
-    from .compact import CompactSegmenter
-    from .training import Example, TrainingReport
+    from .judging import Judgement
+    from .training import Example
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +42,14 @@ Progress = Callable[[float, str], None]
 BLOCK_TILES = 2
 """Tiles along one side of the blocks that are held out together, so that neighbours are not on both sides."""
 
-TRAININGS_AT_ONCE = 1
-"""Projects that train at the same time on one machine; the others wait."""
-
 MAX_TILES = 500
 """The newest so many annotated tiles are learned from: what fits into memory and ten minutes of a small machine."""
+
+
+SEED = 0
+"""What chance is drawn from: the same annotations make the same version, judged the same."""
+
+_BLOCKS, _LEARNED = "judged_blocks", "learned_blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Fitted:
     """What came of a training run."""
 
     version: str
-    """Name of the version that is live now."""
+    """Name of the version that came of it."""
 
     message: str
     """One sentence for people: what was learned from how much, and whether it went live."""
@@ -60,26 +66,37 @@ class Fitted:
 
 
 def fit_project(settings: Settings, project_id: int, *, progress: Progress = lambda done, message: None) -> Fitted:
-    """Fetch a project's accepted annotations, train, publish. Raises TrainingError or LabelStudioError."""
-    with client_of(settings) as label_studio:
-        progress(0.0, "reading annotations")
+    """Learn from a project's accepted annotations: what the journal holds once Label Studio was asked what is missing.
+
+    Raises LabelStudioError where it does not answer, JournalError where the journal cannot be written, TrainingError.
+    """
+    with client_of(settings) as label_studio, closing(Journal(settings)) as journal:
+        progress(0.0, "asking Label Studio what changed")
         project = label_studio.project(project_id)
-        images = ImageStore(settings, label_studio)
+        key = project_key_of(project)
+        journal.reconcile(key, label_studio.tasks(project_id, only_annotated=True))
         return fit(
             settings,
-            project_key_of(project),
-            label_studio.tasks(project_id, only_annotated=True),
+            key,
+            journal.tasks(key),
             parsed_config(project["label_config"]),
-            images,
+            ImageStore(settings, label_studio),
             progress=progress,
         )
 
 
 def fit_queued(settings: Settings, project_id: int, progress: Progress) -> tuple[str, str]:
-    """`fit_project` as the webhook's process runs it: one training at a time on this machine."""
-    progress(0.0, "waiting for another project's training")
-    with turn_in(settings.data_dir / "jobs", TRAININGS_AT_ONCE):
+    """`fit_project` as the webhook's process runs it. Raises NotNow for what comes right without anybody's doing."""
+    try:
         done = fit_project(settings, project_id, progress=progress)
+    except NotFound:
+        raise
+    except Exception as error:
+        # Each library has an error of its own for a full disk.
+        is_full = any(sign in str(error) for sign in ("disk is full", "No space left on device"))
+        if isinstance(error, (LabelStudioError, JournalError)) or is_full:
+            raise NotNow(str(error)) from error
+        raise
     return done.version, done.message
 
 
@@ -107,29 +124,123 @@ def fit(
     *,
     progress: Progress = lambda done, message: None,
 ) -> Fitted:
-    """Train on annotated tasks as Label Studio exports them, and publish under ``project``."""
-    from . import training  # torch takes a second to import
-    from .compact import CompactSegmenter
+    """Train on annotated tasks as Label Studio exports them, judge what came of it, and publish under ``project``.
+
+    The version goes live where it is surely better than the live one on tiles that neither learned from, or as
+    GEOPRELABEL_PROMOTE says. Raises TrainingError where there is nothing to learn from.
+    """
+    from . import judging, training  # torch takes a second to import
 
     registry, problems = Registry(settings), Problems(settings.data_dir)
     segmenter = load_segmenter(settings)
-    if not isinstance(segmenter, CompactSegmenter):
-        raise TrainingError(f"{segmenter.version} cannot learn from annotations yet; GEOPRELABEL_SEGMENTER=compact can")
-    labels = _class_names(config, segmenter.labels)
+    if not isinstance(segmenter, Trainable) or not isinstance(segmenter, training.Learner):
+        raise TrainingError(f"{segmenter.version} cannot learn from annotations; GEOPRELABEL_SEGMENTER=compact can")
+    names = _class_names(config, segmenter.labels)
+    classes = tuple(dict.fromkeys(names.values()))
     gathered = Gathered()
-    examples = list(gathered.examples(tasks, config, labels, images, problems, progress))
-    if not examples:
-        raise TrainingError(f"nothing to learn from: {gathered.summary() or 'no annotation was submitted yet'}")
-    parent = registry.champions().get(project)
-    with tempfile.TemporaryDirectory(prefix="geoprelabel-fit-") as scratch:
-        heads = Path(scratch) / "heads.safetensors"
-        report = training.train_heads(
-            segmenter, examples, tuple(dict.fromkeys(labels.values())), out=heads,
-            max_seconds=settings.training_max_s,
-            progress=lambda done, message: progress(0.3 + 0.65 * done, message),
+    with registry.recorded(project) as run, tempfile.TemporaryDirectory(prefix="geoprelabel-fit-") as scratch:
+
+        def tell(share: float, message: str) -> None:
+            run.progress(share, message)
+            progress(share, message)
+
+        examples = list(gathered.examples(tasks, config, names, images, problems, tell))
+        if not examples:
+            raise TrainingError(f"nothing to learn from: {gathered.summary() or 'no annotation was submitted yet'}")
+        examples = judging.embedded(segmenter, examples, classes, progress=_part(tell, 0.3, 0.5))
+        versions = registry.versions(project)
+        before = next((version for version in versions if version.is_champion), None)
+        champion = live_model(segmenter, before, versions, lambda *seen: problems.add(*damage(*seen)))
+        held_before = {block for version in versions for block in version.tags.get(_BLOCKS, "").split()}
+        learned_before = before.tags.get(_LEARNED, "").split() if before else ()
+        split = judging.split(examples, held_before, learned_before)
+        run.params(
+            {"tiles_learned": len(split.learn), "tiles_judged": len(split.judge), "labels": ", ".join(classes),
+             "parent": champion.version, "base": segmenter.base_version, "seed": SEED, "code": __version__}
         )  # fmt: skip
-        progress(0.95, "publishing")
-        return _publish(registry, project, segmenter, heads, report, gathered, parent)
+        heads = Path(scratch) / HEADS_FILE
+        report = training.train_heads(
+            segmenter, split.learn, classes, out=heads, seed=SEED, max_seconds=settings.training_max_s,
+            progress=_part(tell, 0.5, 0.8),
+        )  # fmt: skip
+        challenger = segmenter.with_heads(heads)
+        learned = f"learned from {len(split.learn)} tiles"
+        known = next((version for version in versions if version.name == challenger.version), None)
+        if known is not None:
+            return _known_already(registry, known, settings.promote)
+        judged = None
+        if split.judge:
+            judged = judging.judge(
+                champion.segmenter, challenger, split.judge, classes, min_score=settings.model_score_threshold,
+                seed=SEED, progress=_part(tell, 0.8, 0.95),
+            )  # fmt: skip
+        is_better, why = judging.verdict(judged) if judged else (False, split.why_not)
+        promote = is_better if settings.promote == "better" else settings.promote == "always"
+        if is_better and _name(registry.champions().get(project)) != _name(before):
+            promote = settings.promote == "always"
+            why += "; meanwhile another version was made live"
+        tell(0.95, "publishing")
+        metrics = {**asdict(report), "judging": asdict(judged) if judged else None}
+        del metrics["held_out"]  # each place by name: too much for a page
+        run.figures(metrics)
+        version = registry.publish(
+            project,
+            challenger.version,
+            heads,
+            parent=champion.version,
+            metrics=metrics,
+            tags={
+                "note": f"{learned}; {why}",
+                "annotations": str(len(gathered.annotation_ids)),
+                "annotations_sha256": _sha256(json.dumps(sorted(gathered.annotation_ids))),
+                "data_sha256": _data_sha256(examples),
+                _BLOCKS: " ".join(split.blocks),
+                _LEARNED: " ".join(split.learned_blocks),
+                "seed": str(SEED),
+                "code": __version__,
+            },
+            promote=promote,
+            run_id=run.run_id,
+        )
+    return Fitted(version.name, f"{learned}; {why}; {_outcome(version, settings.promote, judged)}", is_new=True)
+
+
+def _name(version: ModelVersion | None) -> str:
+    return version.name if version else ""
+
+
+def _outcome(version: ModelVersion, promote: str, judged: Judgement | None) -> str:
+    """Whether the version is live, and what else can be done, in words."""
+    if version.is_champion:
+        return f"live{' as GEOPRELABEL_PROMOTE=always says' if promote == 'always' else ''}: {version.name}"
+    by_hand = f"geoprelabel models activate {version.name} --project {version.project.split('.')[0]}"
+    kept = f"kept as challenger{' as GEOPRELABEL_PROMOTE=never says' if promote == 'never' else ''}: {version.name}"
+    unjudged = "" if judged or promote == "never" else "; GEOPRELABEL_PROMOTE=always does so each time"
+    return f"{kept} ({by_hand} makes it live{unjudged})"
+
+
+def _known_already(registry: Registry, known: ModelVersion, promote: str) -> Fitted:
+    """What the same annotations made before. One that a person took off stays off."""
+    message = f"the annotations are those of {known.name}; nothing new to learn"
+    if promote == "always" and not known.is_champion:
+        registry.activate(known.project, known.name)
+        message += "; live as GEOPRELABEL_PROMOTE=always says"
+    return Fitted(known.name, message, is_new=False)
+
+
+def _part(tell: Progress, start: float, stop: float) -> Progress:
+    """Progress of a part of the work that takes the whole's share from ``start`` to ``stop``."""
+    return lambda done, message: tell(start + (stop - start) * done, message)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _data_sha256(examples: Iterable[Example]) -> str:
+    """Of the outlines, their labels and places."""
+    listed = [(e.place, [(label, outline.wkb_hex) for label, outline in e.regions]) for e in examples]
+    return _sha256(json.dumps(listed))
 
 
 class Gathered:
@@ -148,7 +259,10 @@ class Gathered:
         problems: Problems,
         progress: Progress,
     ) -> Iterator[Example]:
-        """Training examples, one an annotated tile. A task that cannot be read is noted, and the next one taken."""
+        """Training examples, one an annotated tile. A task that cannot be read is noted, and the next one taken.
+
+        Raises Unreachable where Label Studio has the images and went away.
+        """
         from .training import Example
 
         # Label Studio gives tasks by id, so the last ones are the newest.
@@ -166,6 +280,9 @@ class Gathered:
                 tile = labelstudio.tile_of(task, url, (image.rgb.shape[1], image.rgb.shape[0]))
                 read = labelstudio.read_annotation(annotation, tile, config=config)
             except BackendError as error:
+                if isinstance(error.__cause__, Unreachable):
+                    # Of all tiles, not of this one: a version of what was read so far would have forgotten the rest.
+                    raise error.__cause__ from error
                 problems.add(f"training, task {task.get('id')}", error)
                 self.left_out["tiles that could not be read"] += 1
                 continue
@@ -198,54 +315,3 @@ def _class_names(config: LabelConfig, known: Iterable[str]) -> dict[str, str]:
         classes = {label: name for name, label in tag.match(known).items()}
         names.update({label.value: classes.get(label.value, label.value) for label in tag.labels})
     return names
-
-
-def _publish(
-    registry: Registry,
-    project: str,
-    segmenter: CompactSegmenter,
-    heads: Path,
-    report: TrainingReport,
-    gathered: Gathered,
-    parent: ModelVersion | None,
-) -> Fitted:
-    version = segmenter.with_heads(heads).version
-    if any(known.name == version for known in registry.versions(project)):
-        return Fitted(version, f"the annotations are those of {version}; nothing new to learn", is_new=False)
-    learned = f"learned from {len(gathered.annotation_ids)} tiles"
-    better, judged = verdict(report)
-    note = f"{learned}; {judged}"
-    ids = json.dumps(sorted(gathered.annotation_ids))
-    registry.publish(
-        project,
-        version,
-        heads,
-        parent=parent.name if parent else segmenter.base_version,
-        metrics=asdict(report),
-        tags={
-            "note": note,
-            "annotations": str(len(gathered.annotation_ids)),
-            "annotations_sha256": hashlib.sha256(ids.encode()).hexdigest(),
-            "code": __version__,
-        },
-        promote=better,
-    )
-    return Fitted(version, f"{note}; {'live' if better else 'kept as challenger'}: {version}", is_new=True)
-
-
-def verdict(report: TrainingReport) -> tuple[bool, str]:
-    """Whether a new version goes live, and why, from its figures on the tiles that were held out.
-
-    It stays a challenger when no label does better there than with the shipped weights, or one does worse by 0.01. With
-    too few tiles to hold any out it goes live: the annotator asked for it, and ``geoprelabel models rollback`` undoes
-    it.
-    """
-    if not report.held_out:
-        return True, "too few tiles to judge it by"
-    figures, better, worse = [], False, False
-    for label in report.labels:
-        before, after = label.iou_before or 0.0, label.iou_after or 0.0
-        figures.append(f"{label.label} IoU {before:.2f} → {after:.2f}")
-        better |= after > before
-        worse |= after < before - 0.01
-    return better and not worse, f"on held-out tiles {', '.join(figures)}"

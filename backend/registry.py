@@ -1,19 +1,24 @@
 """Model versions of each project, kept by MLflow: which weights there are, where they came from, which one is live.
 
-A version's files lie in ``MODEL_DIR/versions/<name>/`` and appear whole, by one rename. The MLflow registry (a SQLite
-file in MODEL_DIR, or any server by ``MLFLOW_TRACKING_URI``) holds the rest: metrics, lineage tags, and the aliases
-``champion`` (live) and ``challenger`` (the newest that is not).
+A version's weights lie in ``MODEL_DIR/versions/<name>/``; they appear whole, by one rename, and are used only while
+their sha256 is the one that was registered. MLflow (a SQLite file in MODEL_DIR, or any server by
+``MLFLOW_TRACKING_URI``) holds the rest: a run for each training, with its progress and figures, and for each version
+its metrics, lineage tags, and the aliases ``champion`` (live) and ``challenger`` (the newest that is not). A server of
+MLflow gets the weights as well, for backends on other machines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from .errors import UnknownVersion
+from .errors import BadWeights, UnknownVersion
 from .settings import Settings
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+    from mlflow.entities.model_registry import RegisteredModel
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -34,6 +40,10 @@ log = logging.getLogger(__name__)
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 HEADS_FILE = "heads.safetensors"
+PENDING = "pending"
+"""Tag of a version until an alias points to it: a publisher that was killed in between leaves one that nobody sees."""
+
+PROGRESS_EVERY_S = 2.0
 _PREFIX = "geoprelabel-project-"
 
 
@@ -66,7 +76,81 @@ class ModelVersion:
     """What training measured on held-out tiles."""
 
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Lineage: annotation ids, data hash, code version, why it was or was not promoted."""
+    """Lineage: annotation ids, data hash, code version, judged blocks, why it was or was not promoted."""
+
+    sha256: str = ""
+    """Of the weights as registered; empty for those of the first release."""
+
+    run_id: str = ""
+    """MLflow's run that made it."""
+
+    def check(self) -> None:
+        """Raise BadWeights unless the weights are there as they were registered."""
+        try:
+            found = _sha256(self.heads_path)
+        except OSError as error:
+            raise BadWeights(f"{self.heads_path} cannot be read: {error.strerror}") from error
+        if self.sha256 and found != self.sha256:
+            raise BadWeights(
+                f"{self.heads_path} is damaged: its sha256 is {found[:8]}…, and {self.sha256[:8]}… was registered"
+            )
+
+
+class TrainingRun:
+    """A training as MLflow's own pages show it. What cannot be noted there is logged, and training goes on."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        """See `Registry.recorded`, which makes them."""
+        self._client = client
+        self.run_id = run_id
+        self._begun = self._noted = time.monotonic()
+
+    def progress(self, done: float, message: str) -> None:
+        """The share done, 0…1, by the second; every two seconds at most, as each is a commit."""
+        now = time.monotonic()
+        if now - self._noted >= PROGRESS_EVERY_S:
+            self._noted = now
+            self._note(metrics={"progress": done}, tags={"stage": message}, step=round(now - self._begun))
+
+    def figures(self, values: Mapping[str, Any]) -> None:
+        """Numbers by name; of nested ones, and of lists by ``label``, the names are joined."""
+        self._note(metrics=dict(_numbers(values)))
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """What the training was given."""
+        self._note(params={name: str(value)[:500] for name, value in values.items()})
+
+    def end(self, status: str, why: str = "") -> None:
+        """Close it, as ``FINISHED`` or ``FAILED``."""
+        from mlflow.exceptions import MlflowException
+
+        self._note(tags={"mlflow.note.content": why[:5000]})
+        try:
+            self._client.set_terminated(self.run_id, status)
+        except MlflowException as error:
+            log.warning("MLflow run %s: %s", self.run_id, error)
+
+    def _note(
+        self,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
+
+        now_ms = int(time.time() * 1000)
+        try:
+            self._client.log_batch(
+                self.run_id,
+                metrics=[Metric(name, value, now_ms, step) for name, value in (metrics or {}).items()],
+                params=[Param(name, value) for name, value in (params or {}).items()],
+                tags=[RunTag(name, value) for name, value in (tags or {}).items()],
+            )
+        except MlflowException as error:
+            log.warning("MLflow run %s: %s", self.run_id, error)
 
 
 class Registry:
@@ -110,35 +194,15 @@ class Registry:
 
     def champions(self) -> dict[str, ModelVersion]:
         """The live version of each project that has one."""
-        if self.is_empty:
-            return {}
-        found: dict[str, ModelVersion] = {}
-        token: str | None = None
-        while True:
-            page = self._client.search_registered_models(
-                filter_string=f"name LIKE '{_PREFIX}%'", max_results=500, page_token=token
-            )
-            for model in page:
-                if CHAMPION in model.aliases:
-                    version = self._read(self._client.get_model_version(model.name, model.aliases[CHAMPION]), CHAMPION)
-                    found[version.project] = version
-            token = page.token
-            if not token:
-                return found
+        return {version.project: version for version in self.versions() if version.is_champion}
 
     def versions(self, project: str | None = None) -> list[ModelVersion]:
         """All versions of a project, or of all projects, newest first."""
         if self.is_empty:
             return []
-        if project is None:
-            models = self._client.search_registered_models(filter_string=f"name LIKE '{_PREFIX}%'", max_results=1000)
-            found = [v for model in models for v in self.versions(model.name.removeprefix(_PREFIX))]
-            return sorted(found, key=lambda v: v.created, reverse=True)
-        model_name = _model_name(project)
-        aliases = self._aliases(model_name)
-        listed = self._client.search_model_versions(f"name='{model_name}'", max_results=1000)
-        found = [self._read(v, CHAMPION if aliases.get(CHAMPION) == str(v.version) else "") for v in listed]
-        return sorted(found, key=lambda v: v.number, reverse=True)
+        wanted = f"LIKE '{_PREFIX}%'" if project is None else f"= '{_model_name(project)}'"
+        found = [version for model in self._models(wanted) for version in self._versions_of(model)]
+        return sorted(found, key=lambda version: (version.created, version.number), reverse=True)
 
     def get(self, project: str, name: str) -> ModelVersion:
         """The version of that name. Raises UnknownVersion with the names there are."""
@@ -148,6 +212,22 @@ class Registry:
                 return version
         known = ", ".join(v.name for v in versions) or "none was trained yet"
         raise UnknownVersion(f"project {project} has no model version {name!r}; it has: {known}")
+
+    @contextmanager
+    def recorded(self, project: str) -> Iterator[TrainingRun]:
+        """A run of MLflow's that lasts as long as the training; one that a killed process left open is closed first."""
+        name = _model_name(project)
+        experiment = self._experiment(name)
+        for dead in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+            self._client.set_terminated(dead.info.run_id, "KILLED")
+        run_id = self._client.create_run(experiment, tags={"project": project}).info.run_id
+        run = TrainingRun(self._client, run_id)
+        try:
+            yield run
+        except Exception as error:
+            run.end("FAILED", str(error) or repr(error))
+            raise
+        run.end("FINISHED")
 
     def publish(
         self,
@@ -159,29 +239,63 @@ class Registry:
         metrics: Mapping[str, Any],
         tags: Mapping[str, str],
         promote: bool,
+        run_id: str = "",
     ) -> ModelVersion:
         """Register weights under ``name`` and, with ``promote``, make them live. The file ``heads`` is copied.
 
-        The files are whole before the registry hears of them, and the registry knows them before the alias moves: a
-        process killed in between leaves at most files that nobody refers to.
+        The file is whole before the registry hears of it, and a version is seen once an alias points to it: a process
+        killed in between leaves nothing that anybody loads, and publishing the same again goes on from there.
         """
-        folder = self._store(name, heads)
+        sha256 = _sha256(heads)
+        folder = self._folder(name)
+        _copy_whole(heads, folder / HEADS_FILE)
+        source = folder.as_uri()
+        if not self._is_local and run_id:
+            self._client.log_artifact(run_id, str(heads.absolute()))
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/{heads.name}"
         model_name = _model_name(project)
-        if not self._has_model(model_name):
+        if not any(self._models(f"= '{model_name}'")):
             self._client.create_registered_model(model_name, tags={"project": project})
-        created = self._client.create_model_version(
-            model_name,
-            source=folder.as_uri(),
-            tags={"name": name, "parent": parent, "metrics": json.dumps(metrics), **tags},
-        )
-        self._client.set_registered_model_alias(model_name, CHAMPION if promote else CHALLENGER, created.version)
+        noted = {"name": name, "parent": parent, "metrics": json.dumps(metrics), "sha256": sha256, **tags}
+        number = next((str(v.version) for v in self._listed(model_name) if _is_pending(v, name)), None)
+        if number is None:
+            created = self._client.create_model_version(
+                model_name, source=source, run_id=run_id or None, tags={**noted, PENDING: "1"}
+            )
+            number = str(created.version)
+        else:
+            for tag, value in noted.items():
+                self._client.set_model_version_tag(model_name, number, tag, value)
+        self._client.set_registered_model_alias(model_name, CHAMPION if promote else CHALLENGER, number)
+        self._client.delete_model_version_tag(model_name, number, PENDING)
         log.info("published %s for project %s as %s", name, project, CHAMPION if promote else CHALLENGER)
-        return self._read(created, CHAMPION if promote else "")
+        return self.get(project, name)
+
+    def obtain(self, version: ModelVersion) -> None:
+        """Fetch the weights of a version that another machine made, where they are not here; failing is logged."""
+        if self._is_local or not version.run_id or version.heads_path.exists():
+            return
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="geoprelabel-weights-") as scratch:
+                fetched = self._client.download_artifacts(version.run_id, HEADS_FILE, scratch)
+                _copy_whole(Path(fetched), version.heads_path)
+        except (MlflowException, OSError) as error:
+            log.warning("the weights of %s cannot be fetched from MLflow: %s", version.name, error)
 
     def activate(self, project: str, name: str) -> ModelVersion:
-        """Make that version live; the one before stays and can be activated again."""
+        """Make that version live; the one before stays and can be activated again. Raises UnknownVersion, BadWeights.
+
+        BadWeights where its file is damaged.
+        """
         version = self.get(project, name)
-        self._client.set_registered_model_alias(_model_name(project), CHAMPION, str(version.number))
+        self.obtain(version)
+        version.check()
+        model_name = _model_name(project)
+        self._client.set_registered_model_alias(model_name, CHAMPION, str(version.number))
+        if str(next(self._models(f"= '{model_name}'")).aliases.get(CHALLENGER)) == str(version.number):
+            self._client.delete_registered_model_alias(model_name, CHALLENGER)
         return self.get(project, name)
 
     def deactivate(self, project: str) -> None:
@@ -211,45 +325,101 @@ class Registry:
             )
         return found[0]
 
-    def _store(self, name: str, heads: Path) -> Path:
-        folder = self._model_dir / "versions" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
-        if folder.exists():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-            shutil.copy2(heads, Path(scratch) / HEADS_FILE)
-            try:
-                Path(scratch).rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-            else:
-                Path(scratch).mkdir()  # for TemporaryDirectory to remove
-        return folder
+    def _folder(self, name: str) -> Path:
+        return self._model_dir / "versions" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
-    def _has_model(self, model_name: str) -> bool:
-        return bool(self._client.search_registered_models(filter_string=f"name = '{model_name}'"))
+    def _experiment(self, name: str) -> str:
+        """Id of the project's experiment, made or brought back where it has to be."""
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            # Without a server of MLflow's, artifacts would go into the folder that this process happens to run in.
+            is_server = self._uri.startswith("http")
+            return str(self._client.create_experiment(name, None if is_server else self._artifacts_uri()))
+        if found.lifecycle_stage != "active":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
-    def _aliases(self, model_name: str) -> dict[str, str]:
-        found = self._client.search_registered_models(filter_string=f"name = '{model_name}'")
-        return {alias: str(number) for alias, number in found[0].aliases.items()} if found else {}
+    def _artifacts_uri(self) -> str:
+        return (self._model_dir / "artifacts").as_uri()
+
+    def _models(self, name_is: str) -> Iterator[RegisteredModel]:
+        token: str | None = None
+        while True:
+            page = self._client.search_registered_models(f"name {name_is}", max_results=500, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _listed(self, model_name: str) -> Iterator[MlflowVersion]:
+        token: str | None = None
+        while True:
+            page = self._client.search_model_versions(f"name='{model_name}'", max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _versions_of(self, model: RegisteredModel) -> Iterator[ModelVersion]:
+        aliased = {str(number): alias for alias, number in sorted(model.aliases.items())}  # the champion's counts
+        for version in self._listed(model.name):
+            alias = aliased.get(str(version.version), "")
+            if alias or PENDING not in version.tags:
+                yield self._read(version, alias)
 
     def _read(self, version: MlflowVersion, alias: str) -> ModelVersion:
         tags = dict(version.tags)
+        tags.pop(PENDING, None)
         name = tags.pop("name", f"{version.name}-{version.version}")
-        folder = self._model_dir / "versions" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
         return ModelVersion(
             name=name,
             project=version.name.removeprefix(_PREFIX),
             number=int(version.version),
-            heads_path=folder / HEADS_FILE,
+            heads_path=self._folder(name) / HEADS_FILE,
             is_champion=alias == CHAMPION,
             created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
             parent=tags.pop("parent", ""),
             metrics=json.loads(tags.pop("metrics", "{}")),
+            sha256=tags.pop("sha256", ""),
+            run_id=version.run_id or "",
             tags=tags,
         )
 
 
 def _model_name(project: str) -> str:
     return _PREFIX + re.sub(r"[^A-Za-z0-9._-]", "_", project)
+
+
+def _is_pending(version: MlflowVersion, name: str) -> bool:
+    return PENDING in version.tags and version.tags.get("name") == name
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """The same file under another name, there whole or not at all, even where the power fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-", delete=False) as scratch:
+        try:
+            scratch.write(source.read_bytes())
+            scratch.flush()
+            os.fsync(scratch.fileno())
+            os.replace(scratch.name, target)
+        except BaseException:
+            Path(scratch.name).unlink(missing_ok=True)
+            raise
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Names that MLflow takes, and finite numbers."""
+    for name, value in values.items():
+        whole = prefix + re.sub(r"[^\w.\- ]", "_", str(name))
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{whole}/")
+        elif isinstance(value, (list, tuple)):
+            named = {str(one["label"]): one for one in value if isinstance(one, Mapping) and "label" in one}
+            yield from _numbers(named, f"{whole}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield whole, float(value)

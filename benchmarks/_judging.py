@@ -31,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backend.compact import CompactSegmenter
 from backend.evaluation import MATCH_IOU, Overlaps
+from backend.judging import Click, clicked_through
+from backend.judging import deepest as deepest
+from backend.judging import iou as iou
 from backend.segmenter import Segmenter
 from backend.service import PredictRequest, Service
 from backend.settings import Settings
@@ -167,8 +170,8 @@ def _cropped(mask: Mask) -> tuple[Mask, int, int]:
     return mask[top : rows[-1] + 1, left : columns[-1] + 1].copy(), left, top
 
 
-def held_out_tiles(data: Path, out: Path) -> dict[tuple[str, str], list[Tile]]:
-    """What training watches itself on, by data folder and class, cut to tiles of at most 1024 px that ``out`` receives.
+def held_out_tiles(data: Path, out: Path, *, side_px: int = 1024) -> dict[tuple[str, str], list[Tile]]:
+    """What training watches itself on, by data folder and class, cut to tiles of that side at most; ``out`` gets them.
 
     The split is that of ``sheets`` in model_weights/train.py. Classes other than building and field are left out: their
     truth is patches of a mask, or lines of one width.
@@ -189,8 +192,8 @@ def held_out_tiles(data: Path, out: Path) -> dict[tuple[str, str], list[Tile]]:
             ):
                 continue
             tiles = found.setdefault((sheet.group, label), [])
-            for rows in _parts(sheet.rgb.shape[0]):
-                for columns in _parts(sheet.rgb.shape[1]):
+            for rows in _parts(sheet.rgb.shape[0], side_px):
+                for columns in _parts(sheet.rgb.shape[1], side_px):
                     image = out / sheet.group / "images" / f"{label}-{number}-{rows.start}-{columns.start}.png"
                     image.parent.mkdir(parents=True, exist_ok=True)
                     cv2.imwrite(str(image), np.ascontiguousarray(sheet.rgb[rows, columns, ::-1]))
@@ -200,8 +203,8 @@ def held_out_tiles(data: Path, out: Path) -> dict[tuple[str, str], list[Tile]]:
     return found
 
 
-def _parts(length: int) -> list[slice]:
-    edges = np.linspace(0, length, math.ceil(length / 1024) + 1).round().astype(int).tolist()
+def _parts(length: int, side_px: int) -> list[slice]:
+    edges = np.linspace(0, length, math.ceil(length / side_px) + 1).round().astype(int).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
@@ -227,16 +230,6 @@ def whole_objects(tiles: Sequence[Tile], limit: int) -> list[Target]:
 
 
 @dataclass(frozen=True)
-class Click:
-    """A click of the annotator, at a pixel's column and row."""
-
-    column: int
-    row: int
-    is_on: bool
-    """On the object, or on what is not the object."""
-
-
-@dataclass(frozen=True)
 class PreLabel:
     """A polygon that is served without being asked for."""
 
@@ -252,6 +245,10 @@ class Outliner(Protocol):
     def clicked(self, tile: Tile, clicks: Sequence[Click]) -> Mask: ...
 
     def boxed(self, tile: Tile, box_xyxy: tuple[float, float, float, float]) -> Mask: ...
+
+
+_BOXED_FROM = 10_000_000
+"""Task numbers of boxes begin here."""
 
 
 class Backend:
@@ -297,12 +294,17 @@ class Backend:
 
     def pre_labels(self, tile: Tile, *, min_score: float | None = None) -> list[PreLabel]:
         """What is served when the task is opened, of the label; with another least score if one is given."""
+        return self.scored_pre_labels(tile, min_score=min_score)[0]
+
+    def scored_pre_labels(self, tile: Tile, *, min_score: float | None = None) -> tuple[list[PreLabel], float | None]:
+        """The same, and the score of the task that Label Studio sorts by."""
         height, width = tile.image_hw
+        answer = self._answer(tile, None, self.min_score if min_score is None else min_score)
         return [
             PreLabel(np.asarray(region["value"]["points"], float) * (width / 100, height / 100), region.get("score"))
-            for region in self._regions(tile, None, self.min_score if min_score is None else min_score)
-            if (region["value"].get("polygonlabels") or [""])[0] in ("", self.label)
-        ]
+            for region in answer["result"]
+            if region["value"].get("points") and (region["value"].get("polygonlabels") or [""])[0] in ("", self.label)
+        ], answer.get("score")
 
     def clicked(self, tile: Tile, clicks: Sequence[Click]) -> Mask:
         height, width = tile.image_hw
@@ -333,21 +335,25 @@ class Backend:
         height, width = tile.image_hw
         rings = [
             np.asarray(region["value"]["points"], float) * (width / 100, height / 100)
-            for region in self._regions(tile, prompts)
+            for region in self._answer(tile, prompts)["result"]
+            if region["value"].get("points")
         ]
         return union_of(rings, tile.image_hw)
 
-    def _regions(self, tile: Tile, prompts: Sequence[Json] | None, min_score: float = 0.0) -> list[Json]:
+    def _answer(self, tile: Tile, prompts: Sequence[Json] | None, min_score: float = 0.0) -> Json:
         name = tile.image.relative_to(self._folder).as_posix()
-        task = {"id": tile.number, "data": {"image": f"/data/local-files/?d={name}"}}
+        is_box = bool(prompts) and prompts[0]["type"] == "rectanglelabels"
+        # A task of its own: clicks that follow a box on one task refine it, and here the two are measured apart.
+        number = _BOXED_FROM + tile.number if is_box else tile.number
+        task = {"id": number, "data": {"image": f"/data/local-files/?d={name}"}}
         context = None if prompts is None else {"result": prompts}
         config = CONFIG.format(labels=self._names, least=min_score)
         (answer,), _ = self._service.predict(PredictRequest([task], "0", config, context))
         if not answer:
             said = [problem.message for problem in self._service.problems.recent()]
             raise RuntimeError(f"{tile.image.name} was not answered: {'; '.join(said) or 'no reason given'}")
-        regions: list[Json] = answer["result"]
-        return [region for region in regions if region["value"].get("points")]
+        found: Json = answer
+        return found
 
 
 # --- Masks and outlines -----------------------------------------------------------------------------------------------
@@ -370,11 +376,6 @@ def union_of(rings: Sequence[Ring], image_hw: tuple[int, int]) -> Mask:
     return covered
 
 
-def iou(one: Mask, other: Mask) -> float:
-    union = np.logical_or(one, other).sum()
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0
-
-
 def is_valid(ring: Ring) -> bool:
     """Whether a ring is simple, but for bridges to holes: edges that are walked there and back."""
     if len(ring) < 3 or not np.isfinite(ring).all():
@@ -389,13 +390,6 @@ def is_valid(ring: Ring) -> bool:
         return False
     shell = Polygon(faces[-1].exterior)
     return Polygon(shell.exterior, [face.exterior for face in faces[:-1] if shell.contains(face)]).is_valid
-
-
-def deepest(region: Mask) -> tuple[int, int, float]:
-    """Column and row of the pixel farthest from the region's edge, and how far that is, in pixels."""
-    depth = cv2.distanceTransform(np.pad(region.astype(np.uint8), 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-    return int(column), int(row), float(depth[row, column])
 
 
 # --- Clicks and boxes -------------------------------------------------------------------------------------------------
@@ -420,27 +414,16 @@ class Clicked:
 
 
 def click_through(outliner: Outliner, target: Target, *, most: int = 20, enough: float = 0.9) -> Clicked:
-    """A simulated annotator: the first click at the deepest point of the object, each further one at that of the error.
+    """The simulated annotator of `backend.judging` on an object; it ends at an IoU of ``enough``."""
+    seconds: list[float] = []
 
-    Of what is missing and what is too much, the deeper one is clicked. It ends at an IoU of ``enough``, after ``most``
-    clicks, or where nothing is wrong.
-    """
-    truth = target.truth.mask(target.tile.image_hw)
-    clicked = Clicked(target, [], [], [])
-    wrong, is_on = truth, True
-    while len(clicked.clicks) < most and (not clicked.ious or clicked.ious[-1] < enough):
-        column, row, depth = deepest(wrong)
-        if depth <= 0:
-            break
-        clicked.clicks.append(Click(column, row, is_on))
-        begun = time.perf_counter()
-        mask = outliner.clicked(target.tile, clicked.clicks)
-        clicked.seconds.append(time.perf_counter() - begun)
-        clicked.ious.append(iou(mask, truth))
-        missed, extra = truth & ~mask, mask & ~truth
-        is_on = deepest(missed)[2] >= deepest(extra)[2]
-        wrong = missed if is_on else extra
-    return clicked
+    def answer(clicks: Sequence[Click]) -> Mask:
+        mask, took = timed(lambda: outliner.clicked(target.tile, clicks))
+        seconds.append(took)
+        return mask
+
+    done = clicked_through(answer, target.truth.mask(target.tile.image_hw), most=most, enough=enough)
+    return Clicked(target, [value for _, value in done], seconds, [click for click, _ in done])
 
 
 def click_figures(series: Sequence[Clicked], most: int) -> dict[str, float]:
@@ -551,6 +534,30 @@ def auto_figures(tiles: Sequence[Matched]) -> dict[str, float]:
         "invalid": sum(not is_valid(ring) for ring in rings),
         "vertices_per_polygon": sum(map(len, rings)) / max(len(rings), 1),
     }
+
+
+def ordering(tiles: Sequence[tuple[Matched, float | None]]) -> dict[str, float]:
+    """Whether the tiles that Label Studio sorts by their tasks' scores are sorted by how much there is to mend.
+
+    Rank correlation (Spearman) of the score with the true F1 of each tile, and of the number of wrong and missing
+    outlines; the mean of both scores; and of all wrong and missing outlines, the share on the half of the tiles that
+    come first.
+    """
+    from scipy.stats import spearmanr
+
+    scored = [(one, score) for one, score in tiles if score is not None]
+    if len(scored) < 3:
+        return {"tiles": len(scored)}
+    counts = [(len(one.pairs), len(one.pre_labels) + len(one.truths)) for one, _ in scored]
+    f1 = np.array([2 * hits / both if both else 1.0 for hits, both in counts])
+    faults = np.array([both - 2 * hits for hits, both in counts])
+    scores = np.array([score for _, score in scored])
+    first = np.argsort(scores, kind="stable")[: len(scores) // 2]
+    return {
+        "tiles": len(scored), "rank correlation with F1": float(spearmanr(scores, f1).statistic),
+        "with faults": float(spearmanr(scores, -faults).statistic), "mean score": float(scores.mean()),
+        "mean F1": float(f1.mean()), "faults in first half": float(faults[first].sum() / max(faults.sum(), 1)),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

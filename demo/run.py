@@ -188,6 +188,11 @@ class Checks:
         _must(state["state"] == "done", f"training: {state['message']}")
         after = self.backend.wait_for_version(state["version"])
         _must(len(after) == len(before) + 1, f"a new model version is listed: {state['version']}")
+        version = next(v for v in self.backend.get("/status")["versions"] if v["name"] == state["version"])
+        _must(version["metrics"]["judging"] is not None, "it was judged on tiles that it had not learned from")
+        _must(
+            version["live"] == (f"live: {version['name']}" in state["message"]), "and it is live only if it is better"
+        )
 
     def export(self, accepted: list[dict[str, Any]]) -> None:
         out = self.folder / "labels.geojson"
