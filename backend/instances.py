@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,9 @@ FEATURES = (
 DEFAULT_SCORING = (3.0, -1.0, 0.0, 0.0, 0.0, -0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 8.0, -6.5)
 """For maps that come without a scoring: an object is sure, and parted from its neighbours but not within itself."""
 
+MISSED_PER_DOUBT = 2.0
+"""Objects missed for each one that was doubted: about as many are not even candidates (``benchmarks/quality.py``)."""
+
 ANY_LABEL = "*"
 """Key of the scoring for classes that have none of their own."""
 
@@ -57,6 +61,17 @@ class Instance:
 
     score: float
     """Chance that it is one object of the class, 0…1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a model found of a class, and what it left out."""
+
+    instances: list[Instance]
+    """Largest first."""
+
+    doubt: float
+    """Sum of the chances of the candidates that were left out as unlikely: so many objects were missed knowingly."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +111,17 @@ class Candidates:
                 waiting += [one, other]
         return found
 
+    def ious(self, objects: NDArray[np.int32]) -> FloatArray:
+        """IoU of each node with the object that it matches best, (N + 1,); objects are numbered from 1, (H, W)."""
+        areas = np.bincount(objects.ravel())
+        common = np.zeros((len(self.areas_px), len(areas)))
+        np.add.at(common, (self.pieces.ravel(), objects.ravel()), 1)
+        for node, (one, other) in enumerate(self.children.tolist()):
+            if one:
+                common[node] = common[one] + common[other]
+        union = np.maximum(self.areas_px[:, None] + areas - common, 1)
+        return np.asarray((common / union)[:, 1:].max(1, initial=0.0))
+
     def numbers(self, nodes: list[int]) -> NDArray[np.int32]:
         """Number of the node, counted from 1 in the order given, at each pixel, (H, W), 0 for none of them."""
         number_of = np.zeros(len(self.children), np.int32)
@@ -116,7 +142,19 @@ def instances(
     least_score: float = 0.3,
     options: VectorizeOptions | None = None,
 ) -> list[Instance]:
-    """Single objects of a class, largest first. Neighbours that touch share their border before simplification.
+    """Single objects of a class, largest first; see `find`."""
+    return find(dense, label, threshold=threshold, least_score=least_score, options=options).instances
+
+
+def find(
+    dense: DenseMaps,
+    label: str,
+    *,
+    threshold: float = 0.5,
+    least_score: float = 0.3,
+    options: VectorizeOptions | None = None,
+) -> Found:
+    """Single objects of a class. Neighbours that touch share their border before simplification.
 
     ``threshold`` is the probability at which outlines run. Objects that are less likely right than ``least_score`` are
     left out; where candidates exclude one another, it decides how many are taken. Raises BadConfig where the maps
@@ -130,15 +168,29 @@ def instances(
     found = candidates(
         probabilities, _clean(dense.boundary[index]), threshold=threshold, min_area_px=options.min_area_px
     )
-    scores = scored(found.features, _scoring(dense, label))
+    scores = scored(found.features, scoring_of(dense.scoring, label))
     nodes = found.chosen(scores, least_score=least_score, min_area_px=options.min_area_px)
     outlines = vectorize.numbered_polygons(found.numbers(nodes), probabilities, threshold=threshold, options=options)
     listed = [Instance(tuple(parts), float(scores[node])) for node, parts in zip(nodes, outlines, strict=True) if parts]
-    return sorted(listed, key=lambda instance: -sum(part.area for part in instance.polygons))
+    listed.sort(key=lambda instance: -sum(part.area for part in instance.polygons))
+    every = scores[found.chosen(scores, least_score=0.0, min_area_px=options.min_area_px)]
+    return Found(listed, float(every[every < least_score].sum()))
 
 
-def _scoring(dense: DenseMaps, label: str) -> tuple[float, ...]:
-    by_name = {name.casefold(): factors for name, factors in dense.scoring.items()}
+def expected_f1(chances: Sequence[float], doubt: float) -> float:
+    """How good the outlines of a tile are likely to be, 0…1: F1, from each one's chance to be right.
+
+    Right ones twice, over all outlines and all objects; the latter are the right ones and those missed, of which there
+    are `MISSED_PER_DOUBT` for each one in ``doubt``. One object more is counted as found, so that a tile where nothing
+    was found and nothing doubted has 1, and falls the faster the less there is on it.
+    """
+    right = sum(chances)
+    return (2 * right + 1) / (len(chances) + right + MISSED_PER_DOUBT * doubt + 1)
+
+
+def scoring_of(scoring: Mapping[str, tuple[float, ...]], label: str) -> tuple[float, ...]:
+    """The factors for a class out of those by class: its own, those for any, or the default ones."""
+    by_name = {name.casefold(): factors for name, factors in scoring.items()}
     return by_name.get(label.casefold()) or by_name.get(ANY_LABEL) or DEFAULT_SCORING
 
 

@@ -2,7 +2,6 @@
 
     python benchmarks/quality.py DATA [--match 19_386694 19_386695] [--mode clicks boxes auto] [--limit 100]
     python benchmarks/quality.py --held-out DIR [--weights FILE] [--json OUT]
-    python benchmarks/quality.py DATA --learning-curve [--learn NAME …] [--judge NAME …]
 
 DATA holds ``images/`` and ``labels/px/*.geojson`` (or ``labels/*.geojson``): polygons in pixels, with ``touches_edge``.
 DIR holds the data folders that the weights are trained from, of which the held-out places are judged.
@@ -11,22 +10,18 @@ clicks  The first click at the deepest point of the object, each further one at 
         Mean IoU after 1, 3 and 5 clicks; NoC@85 is the mean number of clicks to IoU .85, at most --max-clicks.
 boxes   One box an object, its bounds with 5 % jitter. Mean and median IoU.
 auto    No prompt. Polygons matched one to one with the truth at IoU .5: precision, recall, F1; then what became of each
-        object (found, merged, split, poor outline, missed) and of each polygon, by size; and whether scores are right.
+        object (found, merged, split, poor outline, missed) and of each polygon, by size; whether scores are right; and
+        whether tasks sorted by their score are sorted by how much there is to mend.
 
 Whole objects of at least 150 px are judged by clicks and boxes, all of at least 150 px by pre-labels. The backend is
 asked as Label Studio asks it, without HTTP. ``--weights`` judges another file, whose ``.sha256`` lies beside it.
 ``--baseline grabcut`` gives the same clicks to OpenCV's GrabCut.
-
-``--learning-curve`` trains a project's heads on 0, 2, 5, … tiles of one place and judges pre-labels on another: what an
-annotator gets for labelling. ``--unknown`` gives the class a name that the weights do not know, so that its head starts
-from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -48,7 +43,6 @@ from benchmarks._judging import Backend, Click, Mask, Outliner, Tile
 
 Json = dict[str, Any]
 
-LEARNED_TILES = (0, 2, 5, 10, 20, 40)
 LEAST_SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -56,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--held-out", type=Path, metavar="DIR", help="judge what training held out of these folders")
+    parser.add_argument("--side", type=int, default=1024, help="with --held-out: largest side of a tile, in pixels")
     parser.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
     parser.add_argument("--mode", nargs="+", default=["clicks", "boxes", "auto"], choices=["clicks", "boxes", "auto"])
     parser.add_argument("--label", default="building")
@@ -68,22 +63,16 @@ def main() -> None:
     parser.add_argument("--all-scores", action="store_true", help="F1 by least score of a pre-label, and all scores")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write everything that is measured")
     parser.add_argument("--baseline", choices=["grabcut"])
-    parser.add_argument("--learning-curve", action="store_true")
-    parser.add_argument("--learn", nargs="+", default=["19_386690", "19_386691", "19_386692"], metavar="NAME")
-    parser.add_argument("--judge", nargs="+", default=["19_386693"], metavar="NAME")
-    parser.add_argument("--tiles", nargs="+", type=int, default=LEARNED_TILES, help="how many to learn from")
-    parser.add_argument("--unknown", action="store_true", help="with --learning-curve: a class that the weights lack")
-    parser.add_argument("--max-seconds", type=float, default=120, help="with --learning-curve: for each training")
     arguments = parser.parse_args()
     if arguments.data is None and arguments.held_out is None:
         print("quality: not measured; it needs a folder of labelled tiles (see --help)")
         return
     records: list[Json] = []
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.learning_curve:
-            records += learning_curve(arguments, Path(scratch))
-        elif arguments.held_out is not None:
-            for (group, label), tiles in judging.held_out_tiles(arguments.held_out, Path(scratch)).items():
+        if arguments.held_out is not None:
+            for (group, label), tiles in judging.held_out_tiles(
+                arguments.held_out, Path(scratch), side_px=arguments.side
+            ).items():
                 records += judged(arguments, Path(scratch), f"{group}, held out", label, tiles)
         else:
             tiles = judging.labelled_tiles(arguments.data, arguments.match)
@@ -149,11 +138,12 @@ def sorted_sides(found: Sequence[str] | dict[str, Any]) -> list[str]:
 
 def automatic(backend: Backend, tiles: Sequence[Tile], *, all_scores: bool = False) -> tuple[Json, Json]:
     """Figures of pre-labels, what went wrong by size, and whether their scores are right."""
-    found, seconds = [], []
+    found, seconds, task_scores = [], [], []
     for tile in tiles:
-        pre_labels, elapsed = judging.timed(lambda tile=tile: backend.pre_labels(tile))
+        (pre_labels, task_score), elapsed = judging.timed(lambda tile=tile: backend.scored_pre_labels(tile))
         found.append(judging.matched(tile, pre_labels))
         seconds.append(elapsed)
+        task_scores.append(task_score)
     figures = {"min_score": backend.min_score, **judging.auto_figures(found)}
     figures["seconds_per_tile"] = statistics.median(seconds)
     objects: dict[str, Counter[str]] = defaultdict(Counter)
@@ -167,6 +157,7 @@ def automatic(backend: Backend, tiles: Sequence[Tile], *, all_scores: bool = Fal
     details: Json = {
         "objects by size": table(objects, OBJECT_FATES),
         "polygons by size": table(polygons, PREDICTION_FATES),
+        "order of tasks": {"by score": judging.ordering(list(zip(found, task_scores, strict=True)))},
     }
     if all_scores:
         found = [judging.matched(tile, backend.pre_labels(tile, min_score=0.0)) for tile in tiles]
@@ -215,50 +206,6 @@ def print_table(name: str, rows: dict[str, dict[str, float]]) -> None:
     for row, values in rows.items():
         cells = [f"{value:>12.3f}" if isinstance(value, float) else f"{value:>12}" for value in values.values()]
         print(f"    {row:<16} " + " ".join(cells), flush=True)
-
-
-def learning_curve(arguments: argparse.Namespace, scratch: Path) -> list[Json]:
-    """F1 of pre-labels on one place by how many tiles of another were learned from."""
-    from backend.training import Example, train_heads
-
-    learn = judging.labelled_tiles(arguments.data, arguments.learn)
-    judge = judging.labelled_tiles(arguments.data, arguments.judge)[: arguments.limit]
-    if not learn or not judge or {tile.image for tile in learn} & {tile.image for tile in judge}:
-        raise SystemExit(f"--learn and --judge must name different images of {arguments.data}")
-    label = f"unknown {arguments.label}" if arguments.unknown else arguments.label
-    random.Random(judging.SEED).shuffle(learn)
-    segmenter = CompactSegmenter.load(arguments.weights)
-    examples = [
-        Example(
-            image_rgb=np.ascontiguousarray(cv2.imread(str(tile.image))[:, :, ::-1]),
-            regions=[(label, part) for truth in tile.truths for part in truth.parts],
-            place=place_of(tile),
-        )
-        for tile in learn
-    ]
-    records = []
-    for count in sorted({min(count, len(learn)) for count in arguments.tiles}):
-        heads, took = scratch / f"heads-{count}.safetensors", 0.0
-        if count:
-            _, took = judging.timed(
-                lambda count=count, heads=heads: train_heads(
-                    segmenter, examples[:count], [label], out=heads, max_seconds=arguments.max_seconds
-                )
-            )
-        model = segmenter.with_heads(heads) if count else segmenter
-        about = {"data": arguments.data.name, "label": label, "learned_tiles": count, "version": model.version}
-        with Backend(arguments.data, label, segmenter=model, min_score=arguments.min_score) as backend:
-            figures, details = automatic(backend, judge) if backend.knows else ({"F1@0.5": 0.0}, {})
-        records.append(printed({**about, "training_s": round(took, 1)}, figures, {}) | details)
-    return records
-
-
-def place_of(tile: Tile) -> str:
-    """Neighbouring web-mercator tiles, two by two, are one place; any other image is its own."""
-    parts = tile.image.stem.split("_")
-    if len(parts) == 3 and all(part.isdigit() for part in parts):
-        return f"{parts[0]}_{int(parts[1]) // 2}_{int(parts[2]) // 2}"
-    return tile.image.stem
 
 
 class GrabCut:

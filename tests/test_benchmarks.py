@@ -18,8 +18,9 @@ import pytest
 from shapely import Polygon
 from shapely.geometry import mapping, shape
 
+from backend import training
 from benchmarks import _judging as judging
-from benchmarks import card, effort, quality
+from benchmarks import card, effort, learning_curve, quality
 from benchmarks._judging import Backend, PreLabel, Tile
 
 from .fakes import BrightSegmenter, bright_image
@@ -123,21 +124,25 @@ def test_effort_follows_the_rule(folder: Path, backend: Backend) -> None:
     assert effort.ways(done, 2, 1.1)["pre-labels, by hand"] == 1 + by_hand
 
 
-def test_learning_curve_trains_on_some_tiles_and_judges_others(
-    folder: Path, tmp_path: Path, one_torch_thread: None
+def test_learning_curve_learns_from_some_tiles_and_judges_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_torch_thread: None
 ) -> None:
-    for kind, ending in (("images", "png"), ("labels/px", "geojson")):
-        (folder / kind / f"village.{ending}").write_bytes((folder / kind / f"town.{ending}").read_bytes())
-    arguments = Namespace(
-        data=folder, learn=["town"], judge=["village"], limit=4, label="building", unknown=False, weights=None,
-        min_score=0.0, max_seconds=1, tiles=[0, 2],
-    )  # fmt: skip
-    untrained, trained = quality.learning_curve(arguments, tmp_path)
-    assert (untrained["learned_tiles"], trained["learned_tiles"]) == (0, 1)
-    assert untrained["objects"] == trained["objects"] == 5
-    assert trained["version"].startswith(untrained["version"] + "-")
+    monkeypatch.setattr(training, "_STEPS", 5)
+    for name in ("village", "hamlet"):
+        for kind, ending in (("images", "png"), ("labels/px", "geojson")):
+            (folder / kind / f"{name}.{ending}").write_bytes((folder / kind / f"town.{ending}").read_bytes())
+    out = tmp_path / "curves"
+    monkeypatch.setattr(sys, "argv", ["learning_curve", str(folder), "--learn", "town", "hamlet", "--judge", "village",
+                                      "--new", "--counts", "0", "5", "--out", str(out)])  # fmt: skip
+    learning_curve.main()
+    before, after = json.loads((out / "learning-curve.json").read_text())
+    assert (before["accepted"], before["polygons"], before["F1@0.5"]) == (0, 0, 0)
+    assert (after["accepted"], after["learned"], after["objects"]) == (2, 2, 5)
+    assert after["version"].startswith(before["version"] + "-")
+    ET.parse(out / "learning-curve.svg")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--judge", "town"])
     with pytest.raises(SystemExit, match="different images"):
-        quality.learning_curve(Namespace(**{**vars(arguments), "judge": ["town"]}), tmp_path)
+        learning_curve.main()
 
 
 def test_scores_are_compared_with_the_share_that_is_right() -> None:
@@ -160,7 +165,7 @@ def test_pictures_of_the_card_are_small_and_whole(folder: Path, backend: Backend
     ET.fromstring(card.reliability_svg(judging.reliability(matched), backend.version))
 
 
-@pytest.mark.parametrize("name", ["quality", "effort", "card"])
+@pytest.mark.parametrize("name", ["quality", "effort", "card", "learning_curve"])
 def test_without_data_a_benchmark_says_so(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from shapely import Polygon
 from shapely.affinity import rotate
 
 from backend.errors import BadConfig
-from backend.instances import instances
+from backend.instances import expected_f1, find, instances
 from backend.segmenter import DenseMaps
 from backend.vectorize import VectorizeOptions, polygons, rasterize
 from tests.test_vectorize import EXACT, OPTIONS, assert_sound, coverage, iou
@@ -98,3 +98,28 @@ def test_instances_of_noise_are_sound_and_cover_all_of_it(seed: int, sigma: floa
 def test_an_unknown_class_is_refused_by_name() -> None:
     with pytest.raises(BadConfig, match="no class 'lake'; it has tree, building"):
         instances(maps([shapely.box(1, 1, 9, 9)], 10, 10), "lake")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=60), st.floats(0, 50))
+def test_a_tile_is_the_better_the_surer_its_outlines_and_the_less_was_left_out(chances: list[float], doubt: float):
+    whole = expected_f1(chances, doubt)
+    assert 0 <= whole <= 1
+    assert expected_f1(chances, doubt + 1) < whole
+    assert expected_f1([*chances, 0.0], doubt) < whole
+    assert expected_f1([1.0] * len(chances), 0.0) == 1.0
+    assert expected_f1([], 0.0) == 1.0
+
+
+def test_what_is_left_out_as_unlikely_is_doubted():
+    probability = np.zeros((1, 60, 60), np.float32)
+    probability[0, 5:25, 5:25] = 0.95
+    probability[0, 35:55, 35:55] = 0.55
+    dense = DenseMaps(("house",), probability, np.zeros((1, 60, 60), np.float32))
+    every = find(dense, "house", least_score=0.0)
+    assert len(every.instances) == 2
+    assert every.doubt == 0
+    surer, other = sorted((instance.score for instance in every.instances), reverse=True)
+    one = find(dense, "house", least_score=(surer + other) / 2)
+    assert [instance.score for instance in one.instances] == [surer]
+    assert one.doubt == pytest.approx(other)

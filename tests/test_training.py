@@ -1,4 +1,4 @@
-"""Training of heads: it learns what it is shown, is judged on other places, and leaves no half-written file."""
+"""Training of heads: it learns what it is shown, knows what its scores are worth, and leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from shapely.geometry import Polygon, box
 
-from backend import training
+from backend import instances, training
 from backend.compact import CompactSegmenter
-from backend.errors import TrainingError
+from backend.errors import BadWeights, TrainingError
+from backend.segmenter import Embedding
 from backend.training import Example, train_heads
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -46,17 +47,23 @@ def examples(segmenter) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def trained(segmenter, examples, tmp_path_factory):
-    # Half of the usual steps are plenty for such plain pictures.
+    # Fewer steps than usual are plenty for such plain pictures, and so are fewer candidates.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_STEPS", 120)
-        yield run(segmenter, examples, tmp_path_factory)
+        patch.setattr(training, "_STEPS", 100)
+        patch.setattr(training, "_LEAST_OF_EACH", 0)
+        return run(segmenter, examples, tmp_path_factory)
 
 
 def run(segmenter, examples, tmp_path_factory):
     out = tmp_path_factory.mktemp("heads") / "heads.safetensors"
     heard: list[float] = []
     report = train_heads(
-        segmenter, examples, ["pool", "road"], out=out, progress=lambda share, words: heard.append(share)
+        segmenter,
+        examples,
+        ["pool", "road"],
+        out=out,
+        max_seconds=600,
+        progress=lambda share, words: heard.append(share),
     )
     return out, report, heard
 
@@ -86,14 +93,22 @@ def test_the_border_head_finds_borders(segmenter, trained):
     assert edge > inside + 0.1
 
 
-def test_the_report_tells_what_was_held_out_and_what_was_not_trained(trained, examples):
+def test_the_report_tells_what_was_left_out_and_what_was_not_trained(trained, examples):
     _, report, heard = trained
     assert report.untrained == ("road",)
-    assert report.held_out
-    assert set(report.held_out) < {e.place for e in examples}
-    assert report.tiles == sum(e.place not in report.held_out for e in examples)
+    assert set(report.held_out) == {e.place for e in examples}
+    assert report.tiles == len(examples)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
+
+
+def test_scores_are_fitted_on_what_the_project_showed(segmenter, trained):
+    out, report, _ = trained
+    assert report.labels[0].candidates > 0
+    project = segmenter.with_heads(out)
+    maps = project.dense(project.embed(tile(97)[0]))
+    assert instances.scoring_of(maps.scoring, "pool") != instances.scoring_of(segmenter.scoring, "pool")
+    assert instances.scoring_of(maps.scoring, "building") == instances.scoring_of(segmenter.scoring, "building")
 
 
 def test_the_same_data_and_seed_give_the_same_file(segmenter, examples, tmp_path, monkeypatch):
@@ -137,12 +152,80 @@ def test_few_tiles_are_all_learned_from(segmenter, examples, tmp_path, monkeypat
     assert (report.tiles, report.held_out, report.labels[0].iou_after) == (3, (), None)
 
 
-def test_no_place_is_both_learned_from_and_judged_on(examples):
-    one_place = [replace(e, place="here") for e in examples]
-    assert training._held_out_places(one_place, ["pool"], 0) == set()
+def test_each_tile_is_left_out_once_and_never_without_its_neighbours(examples):
+    assert training._folds(["here"] * 5, 0) == []
+    places = [e.place for e in examples]
     for seed in range(8):
-        held = training._held_out_places(examples, ["pool"], seed)
-        assert 0 < sum(e.place in held for e in examples) <= len(examples) // 2
+        folds = training._folds(places, seed)
+        assert sorted(number for fold in folds for number in fold) == list(range(len(places)))
+        assert all(folds)
+        assert not set.intersection(*({places[i] for i in fold} for fold in folds))
+
+
+def test_a_label_that_only_one_place_has_is_learned_without_leaving_tiles_out(
+    segmenter, examples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "_STEPS", 2)
+    rare = [replace(e, regions=e.regions if e.place == "place 2" else []) for e in examples]
+    report = train_heads(segmenter, rare, ["pool"], out=tmp_path / "heads")
+    assert (report.labels[0].objects, report.labels[0].iou_after, report.labels[0].candidates) == (2, None, 0)
+
+
+def test_classes_may_lie_on_one_another(segmenter, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_STEPS", 2)
+    both = [replace(e, regions=[*e.regions, *(("basin", p.buffer(-4)) for _, p in e.regions)]) for e in examples]
+    report = train_heads(segmenter, both, ["pool", "basin"], out=tmp_path / "heads")
+    assert [(one.label, one.objects) for one in report.labels] == [("pool", 10), ("basin", 10)]
+    inner, outer = (training._tile(both[0], both[0].embedding, label).target[0] for label in ("basin", "pool"))
+    assert inner.sum() < outer.sum()
+    assert (outer[inner > 0.9] > 0.9).all()
+
+
+def test_ground_between_neighbours_counts_more_and_padding_nothing():
+    embedding = Embedding(
+        {"coarse": np.zeros((48, 24, 24)), "fine": np.zeros((8, 48, 48)), "scale_xy": np.ones(2)}, (84, 84), "none"
+    )
+    neighbours = Example(None, [("a", box(10, 10, 38, 60)), ("a", box(42, 10, 70, 60))], "here", embedding=embedding)
+    emphasis = training._tile(neighbours, embedding, "a").emphasis
+    assert emphasis[15, 20] > 2 * emphasis[15, 10] == 2
+    assert emphasis[15, 2] == 1
+    assert not emphasis[42:].any()
+    assert not emphasis[:, 42:].any()
+
+
+def test_a_scoring_follows_many_candidates_and_believes_few():
+    believed = instances.DEFAULT_SCORING
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1, (2000, len(instances.FEATURES)))
+    right = rng.random(2000) < 1 / (1 + np.exp(-2 * features[:, 3] + 1))
+    fitted = np.array(training.fitted_scoring(features, right, believed=believed))
+    assert fitted[3] == pytest.approx(2, abs=0.3)
+    assert np.abs(np.delete(fitted[:-1], 3)).max() < 1.5
+    few = np.array(training.fitted_scoring(features[:4], right[:4], believed=believed))
+    assert np.abs(few - believed).max() < np.abs(fitted - believed).max() / 2
+    chances = instances.scored(features, tuple(fitted))
+    for low in (0.1, 0.4, 0.7):
+        some = (chances > low) & (chances < low + 0.2)
+        assert right[some].mean() == pytest.approx(chances[some].mean(), abs=0.1)
+
+
+def test_a_recalibrated_scoring_keeps_the_order_and_says_how_often_it_is_right():
+    believed = (*[0.5] * len(instances.FEATURES), 1.0)
+    rng = np.random.default_rng(1)
+    features = rng.normal(0, 1, (3000, len(instances.FEATURES)))
+    before = instances.scored(features, believed)
+    right = rng.random(3000) < before / 3
+    after = instances.scored(features, training.recalibrated_scoring(features, right, believed=believed))
+    assert (np.argsort(before) == np.argsort(after)).mean() > 0.99
+    assert after.mean() == pytest.approx(right.mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("factors", [[1.0] * 3, [float("nan")] * 15])
+def test_heads_whose_scoring_cannot_be_used_are_refused(segmenter, tmp_path, factors):
+    path = tmp_path / "heads.safetensors"
+    segmenter.save_heads({"pool": segmenter.new_head()}, path, scoring={"pool": factors})
+    with pytest.raises(BadWeights, match="to score pool by"):
+        segmenter.with_heads(path)
 
 
 def test_training_ends_in_time(segmenter, examples, tmp_path):
@@ -156,7 +239,7 @@ def test_nothing_to_learn_from_is_said_in_a_sentence(segmenter, examples, tmp_pa
     with pytest.raises(TrainingError, match="labelled road or river"):
         train_heads(segmenter, examples, ["road", "river"], out=tmp_path / "heads")
     stale = replace(examples[0].embedding, version="compact-00000000")
-    with pytest.raises(TrainingError, match="other weights"):
+    with pytest.raises(TrainingError, match="no features of"):
         train_heads(segmenter, [replace(examples[0], embedding=stale)], ["pool"], out=tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
 

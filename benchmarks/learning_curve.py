@@ -1,0 +1,312 @@
+"""What labelling teaches: pre-labels on tiles never seen, by how many tiles an annotator has accepted.
+
+    python benchmarks/learning_curve.py DIR [--courses town field …] [--counts 0 5 20] [--out docs/learning-curves]
+    python benchmarks/learning_curve.py FOLDER --learn NAME … --judge NAME … [--label building] [--new]
+
+DIR holds data folders, of which four courses are made:
+
+town    buildings, learned in the west of a town that the shipped weights know, judged in its east, which they do not
+place   buildings on satellite imagery of a place and a kind that the shipped weights have never seen, in small images:
+        five are as much ground as a tile of 512 px
+field   fields, with weights that know buildings only: the class is new, its head starts from nothing
+tree    canopies of trees, likewise; outlined by the points and the near infrared that come with the imagery, of which
+        the network sees red, green and blue
+
+FOLDER is one data folder with ``images/`` and ``labels/``; images are named by how their names begin. ``--new`` takes
+the label from the weights first.
+
+Tiles are accepted in a random order, the same each time. Training is that of `fit`: with tiles enough it holds some
+out by place to judge the new version by, and learns from the rest. Every version is then judged here on the same other
+tiles: polygons as they are served, matched one to one at IoU .5 (F1@0.5), the IoU of all their pixels, and the
+calibration error of their scores. From 20 tiles on the time is told that features, training and `fit`'s own judging
+take, and what `fit` would decide. ``--out`` receives a table in JSON and a drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backend import vectorize
+from backend.compact import CompactSegmenter
+from backend.judging import embedded, judge, split, verdict
+from backend.predictor import pre_label_options, pre_labels_of
+from backend.settings import Settings
+from backend.training import Example, train_heads
+from benchmarks import _judging as judging
+from benchmarks._judging import PreLabel, Tile
+
+Json = dict[str, Any]
+
+COUNTS = (0, 5, 10, 20, 40)
+TIMED_FROM = 20
+MOST_JUDGED = 24
+"""Tiles that a course is judged on, at most."""
+
+CANOPY_NDVI, CANOPY_REACH_PX = 0.15, 9
+"""What is green and so near to a tree's point is its canopy."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """A place and a class to learn."""
+
+    name: str
+    title: str
+    label: str
+    learn: Sequence[Tile]
+    judge: Sequence[Tile]
+    gsd_m: float | None = None
+    is_new: bool = False
+    """Whether the weights are to forget the label first."""
+
+    figure: str = "F1@0.5"
+    """What is drawn: `pixel_iou` where the truth is ground rather than objects."""
+
+    counts: Sequence[int] = COUNTS
+    """Accepted tiles."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--courses", nargs="+", choices=list(COURSES), default=list(COURSES))
+    parser.add_argument("--learn", nargs="+", metavar="NAME", help="images of one folder to learn from")
+    parser.add_argument("--judge", nargs="+", metavar="NAME", help="images of one folder to judge on")
+    parser.add_argument("--label", default="building")
+    parser.add_argument("--new", action="store_true", help="the weights forget the label first")
+    parser.add_argument("--gsd", type=float, metavar="M", help="ground size of a pixel of one folder's images")
+    parser.add_argument("--counts", type=int, nargs="+", help="accepted tiles, for all courses")
+    parser.add_argument("--limit", type=int, default=MOST_JUDGED, help="tiles to judge on")
+    parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
+    parser.add_argument("--max-seconds", type=float, default=600, help="for each training")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write learning-curve.json and learning-curve.svg")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        print("learning_curve: not measured; it needs labelled tiles (see --help)")
+        return
+    segmenter = CompactSegmenter.load(arguments.weights)
+    rows: list[Json] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.learn and arguments.judge:
+            sides = (judging.labelled_tiles(arguments.data, names) for names in (arguments.learn, arguments.judge))
+            courses = [
+                Course(arguments.data.name, arguments.data.name, arguments.label, *sides, arguments.gsd, arguments.new)
+            ]
+        else:
+            courses = [COURSES[name](arguments.data, Path(scratch)) for name in COURSES if name in arguments.courses]
+        for course in courses:
+            rows += learned(course, segmenter, arguments, Path(scratch))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "learning-curve.json").write_text(json.dumps(judging.rounded(rows), indent=1) + "\n")
+        (arguments.out / "learning-curve.svg").write_text(drawn(rows, segmenter.base_version), encoding="utf-8")
+
+
+# --- Courses ----------------------------------------------------------------------------------------------------------
+
+
+def town(data: Path, scratch: Path) -> Course:
+    west, east = (
+        judging.labelled_tiles(data / "hot_banepa_e2e", [f"19_{x}" for x in columns])
+        for columns in ((386690, 386691, 386692, 386693), (386694, 386695))
+    )
+    return Course("town", "buildings, the other half of a known town", "building", west, east)
+
+
+def place(data: Path, scratch: Path) -> Course:
+    tiles = judging.labelled_tiles(data / "spacenet6_rotterdam_figs")
+    third = len(tiles) // 3
+    title = "buildings, satellite imagery of a place never seen"
+    # An image is a fifth of a tile of 512 px.
+    return Course("place", title, "building", tiles[:-third], tiles[-third:], gsd_m=0.5, counts=(0, 5, 10, 20, 40, 100))
+
+
+def field(data: Path, scratch: Path) -> Course:
+    tiles = judging.labelled_tiles(data / "agoro_fields")
+    # What the shipped weights, features included, were held off: every sixth.
+    held_out = tiles[5::6]
+    rest = [tile for tile in tiles if tile not in held_out]
+    return Course("field", "fields, a new class", "field", rest, held_out, is_new=True)
+
+
+def tree(data: Path, scratch: Path) -> Course:
+    folder = scratch / "trees"
+    canopies(data / "naip_urban_trees", folder)
+    tiles = judging.labelled_tiles(folder)
+    judged = [tile for tile in tiles if tile.image.name.startswith(("riverside", "santa_monica"))]
+    rest = [tile for tile in tiles if tile not in judged]
+    return Course("tree", "tree canopies, a new class", "tree", rest, judged, 0.6, is_new=True, figure="pixel_iou")
+
+
+COURSES: Mapping[str, Callable[[Path, Path], Course]] = {"town": town, "place": place, "field": field, "tree": tree}
+
+
+def canopies(data: Path, out: Path) -> None:
+    """Red, green and blue of four-band images as PNG, and canopies by points and near infrared as outlines."""
+    import rasterio
+    from scipy import ndimage
+    from shapely.geometry import mapping
+
+    for folder in ("images", "labels"):
+        (out / folder).mkdir(parents=True)
+    for path in sorted((data / "images").glob("*.tif")):
+        with rasterio.open(path) as file:
+            bands = file.read((1, 2, 3, 4))
+        red, near = bands[0].astype(np.float32), bands[3].astype(np.float32)
+        is_green = cv2.GaussianBlur((near - red) / (near + red + 1), (0, 0), 0.8) > CANOPY_NDVI
+        off = np.ones(is_green.shape, bool)
+        for feature in json.loads((data / "labels" / "px" / f"{path.stem}.geojson").read_text())["features"]:
+            column, row = (int(v) for v in feature["geometry"]["coordinates"])
+            off[min(row, off.shape[0] - 1), min(column, off.shape[1] - 1)] = False
+        reach = ndimage.distance_transform_edt(off) <= CANOPY_REACH_PX
+        outlines = vectorize.mask_polygons(is_green & reach)
+        features = [{"type": "Feature", "properties": {}, "geometry": mapping(outline)} for outline in outlines]
+        cv2.imwrite(str(out / "images" / f"{path.stem}.png"), np.moveaxis(bands[2::-1], 0, -1))
+        (out / "labels" / f"{path.stem}.geojson").write_text(json.dumps({"features": features}))
+
+
+# --- Learning and judging ---------------------------------------------------------------------------------------------
+
+
+def learned(course: Course, segmenter: CompactSegmenter, arguments: argparse.Namespace, scratch: Path) -> list[Json]:
+    """A row for each number of accepted tiles, printed as it comes."""
+    if not course.learn or not course.judge or {t.image for t in course.learn} & {t.image for t in course.judge}:
+        raise SystemExit(f"{course.name} needs different images to learn from and to judge on")
+    base = without(segmenter, course.label) if course.is_new else segmenter
+    order = list(course.learn)
+    random.Random(judging.SEED).shuffle(order)
+    counts = sorted({min(count, len(order)) for count in arguments.counts or course.counts})
+    accepted, feature_s = [], []
+    for tile in order[: counts[-1]]:
+        (example,), seconds = judging.timed(
+            lambda tile=tile: embedded(base, [example_of(tile, course)], [course.label])
+        )
+        accepted.append(example)
+        feature_s.append(seconds)
+    others = embedded(base, [example_of(tile, course) for tile in course.judge[: arguments.limit]], [course.label])
+    least = Settings.from_environment(data_dir=scratch, label_studio_url="").model_score_threshold
+    print(f"{course.title}: {len(others)} tiles to judge on, weights {segmenter.base_version}", flush=True)
+    rows: list[Json] = []
+    for count in counts:
+        row: Json = {"course": course.name, "title": course.title, "figure": course.figure, "accepted": count}
+        model = base
+        if count:
+            parts = split(accepted[:count])
+            heads = scratch / f"{course.name}-{count}.safetensors"
+            report, seconds = judging.timed(
+                lambda parts=parts, heads=heads: train_heads(
+                    base, parts.learn, [course.label], out=heads, max_seconds=arguments.max_seconds
+                )
+            )
+            model = base.with_heads(heads)
+            row |= {"learned": len(parts.learn), "steps": report.labels[0].steps}
+            row |= {"features_s": sum(feature_s[:count]), "training_s": seconds}
+            if count >= TIMED_FROM and parts.judge:
+                judged, seconds = judging.timed(
+                    lambda model=model, parts=parts: judge(base, model, parts.judge, [course.label], min_score=least)
+                )
+                goes_live, why = verdict(judged)
+                row |= {"judging_s": seconds, "goes_live": goes_live, "why": why}
+        row |= {"version": model.version} | figures(model, course, others, least)
+        rows.append(row)
+        print(
+            "   ",
+            json.dumps(judging.rounded({k: v for k, v in row.items() if k not in ("course", "title")})),
+            flush=True,
+        )
+    return rows
+
+
+def without(segmenter: CompactSegmenter, label: str) -> CompactSegmenter:
+    """The same weights, as if they had never known the label."""
+    heads = {name: segmenter.head(name) for name in segmenter.labels if name.casefold() != label.casefold()}
+    kept = {name: head for name, head in heads.items() if head is not None}
+    return segmenter.with_only(kept, {k: v for k, v in segmenter.scoring.items() if k.casefold() != label.casefold()})
+
+
+def example_of(tile: Tile, course: Course) -> Example:
+    image = np.ascontiguousarray(cv2.imread(str(tile.image))[:, :, ::-1])
+    regions = [(course.label, part) for truth in tile.truths for part in truth.parts]
+    return Example(image_rgb=image, regions=regions, place=place_of(tile), gsd_m=course.gsd_m)
+
+
+def place_of(tile: Tile) -> str:
+    """Neighbouring web-mercator tiles, two by two, are one place; any other image is its own."""
+    parts = tile.image.stem.split("_")
+    if len(parts) == 3 and all(part.isdigit() for part in parts):
+        return f"{parts[0]}_{int(parts[1]) // 2}_{int(parts[2]) // 2}"
+    return tile.image.stem
+
+
+def figures(model: CompactSegmenter, course: Course, others: Sequence[Example], least: float) -> Json:
+    """What the model serves on the tiles to judge on, beside what is there."""
+    matched = []
+    for tile, example in zip(course.judge, others, strict=False):
+        assert example.embedding is not None
+        found: list[PreLabel] = []
+        if model.head(course.label) is not None:
+            known = next(name for name in model.labels if name.casefold() == course.label.casefold())
+            options = pre_label_options(course.gsd_m)
+            served = pre_labels_of(model.dense(example.embedding), {known: known}, options=options, min_score=least)
+            found = [PreLabel(vectorize.bridge(region.polygon), region.score) for region in served.regions]
+        matched.append(judging.matched(tile, found))
+    measured = judging.auto_figures(matched)
+    names = ("objects", "polygons", "F1@0.5", "precision", "recall", "pixel_iou")
+    return {name: measured[name] for name in names} | {"calibration_error": judging.reliability(matched).error}
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#2f6fab", "#c0504d", "#4f8a3d", "#8064a2", "#b8860b")
+
+
+def drawn(rows: Sequence[Json], version: str) -> str:
+    """The curves as SVG: accepted tiles to the right, evenly by count, the course's figure upwards."""
+    left, top, width, height = 48, 34, 420, 260
+    counts = sorted({row["accepted"] for row in rows})
+    xs = {count: left + 20 + i * (width - 40) / max(len(counts) - 1, 1) for i, count in enumerate(counts)}
+    parts = [
+        f'<line x1="{left}" x2="{left + width}" y1="{top + height * (1 - v):.0f}" y2="{top + height * (1 - v):.0f}" '
+        f'stroke="#ddd"/><text x="{left - 16}" y="{top + height * (1 - v) + 4:.0f}">{v:g}</text>'
+        for v in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    ]
+    parts += [f'<text x="{x:.0f}" y="{top + height + 18}">{count}</text>' for count, x in xs.items()]
+    names = list(dict.fromkeys(row["course"] for row in rows))
+    for number, name in enumerate(names):
+        own = [row for row in rows if row["course"] == name]
+        colour = COLOURS[number % len(COLOURS)]
+        points = [(xs[row["accepted"]], top + height * (1 - row[row["figure"]])) for row in own]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        figure = "IoU of all pixels" if own[0]["figure"] == "pixel_iou" else "F1 at IoU 0.5"
+        y = top + height + 58 + 17 * number
+        parts.append(f'<rect x="{left}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 16}" y="{y + 1}" class="key">{escape(own[0]["title"])}: {figure}</text>')
+    total = top + height + 66 + 17 * len(names)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 16} {total}" width="560">
+<style>text{{font:11px sans-serif;text-anchor:middle;fill:#222}}.key{{text-anchor:start}}</style>
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="{left + width / 2}" y="18">Pre-labels on tiles never seen, weights {escape(version)}</text>
+{"".join(parts)}
+<text x="{left + width / 2}" y="{top + height + 36}">tiles that the annotator has accepted</text>
+</svg>
+"""
+
+
+if __name__ == "__main__":
+    main()
