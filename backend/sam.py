@@ -1,0 +1,665 @@
+"""Meta's Segment Anything behind our `Segmenter` protocol, from a checkpoint that the operator has.
+
+The image is resized so that its longer side fills SAM's square *frame* (1024 pixels), and encoded once into *cells* of
+16 frame pixels (``embed``). A small decoder answers clicks and boxes from there (``segment``). SAM knows no classes: a
+project's own heads on the cells do (``dense``), and their objects are outlined by the decoder (``outline``).
+
+The network, its weights and its numbers are those of the ``segment-anything`` package. The encoder's arithmetic is
+arranged anew: attention never holds a whole map of all against all, and nothing is computed for padding.
+
+Sources: Kirillov et al., "Segment Anything" (2023); Li et al., "MViTv2" (2022) for the decomposed relative positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+import types
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from .checkpoints import sha256_of
+from .compact import CELL_PX, read_scoring, save_heads
+from .errors import BadImage, BadPrompt, BadWeights
+from .segmenter import DenseMaps, Embedding, Masks, Prompts
+
+HEADS_KIND = "geoprelabel-sam-heads-1"
+
+MEAN_RGB = (123.675, 116.28, 103.53)
+STD_RGB = (58.395, 57.12, 57.375)
+
+STABILITY_OFFSET = 1.0
+"""A mask is stable where its logits cut at plus and at minus this make nearly the same shape."""
+
+_DECODER_HEADS = 8
+"""Attention heads of the prompt decoder: the one number that the shapes of a checkpoint do not tell."""
+
+_LEAST_PATCH = 0.1
+"""Patches of an answer without a click on them stay where they have this share of the largest one's area."""
+
+_MAP_VALUES = {"cpu": 2**22, "cuda": 2**28}
+"""Values of attention's map that are held at once: what fits into a processor's cache, or into a card."""
+
+_BATCH = {"cpu": 4, "cuda": 64}
+"""Prompts that are decoded at once."""
+
+_MLP_TOKENS = 1024
+"""Tokens that are widened at once, on a CPU."""
+
+
+def _segment_anything() -> tuple[Any, Any]:
+    """The package's ``modeling`` and ``build_sam``.
+
+    Importing the package whole imports torchvision, which these two do not need: where it is missing, or was built for
+    another torch, they are imported without running the package's ``__init__``.
+    """
+    try:
+        from segment_anything import build_sam, modeling
+    except (ImportError, RuntimeError, AttributeError):
+        found = importlib.util.find_spec("segment_anything")
+        if found is None or found.submodule_search_locations is None:
+            raise BadWeights("Segment Anything needs a package: pip install segment-anything==1.0") from None
+        bare = types.ModuleType("segment_anything")
+        bare.__path__ = list(found.submodule_search_locations)
+        sys.modules["segment_anything"] = bare
+        from segment_anything import build_sam, modeling
+    return modeling, build_sam
+
+
+class SamHead(nn.Module):
+    """Class and border logits of a label, (N, 2, 2h, 2w), from SAM's cells (N, C, h, w) and colours (N, 3, 2h, 2w)."""
+
+    def __init__(self, channels: int = 256) -> None:
+        super().__init__()
+        self.coarse = nn.Conv2d(channels, 32, 1)
+        self.fine = nn.Conv2d(32 + 3, 16, 3, padding=1)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        x = F.relu(self.coarse(coarse))
+        x = F.interpolate(x, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        logits: Tensor = self.out(F.relu(self.fine(torch.cat([x, (fine - 128) / 64], 1))))
+        return logits
+
+
+class SamSegmenter:
+    """A ``Segmenter`` on a checkpoint of Segment Anything, with a project's own heads where it has trained some."""
+
+    def __init__(self, sam: Any, base_version: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """``dtype`` is what the encoder computes in; None: float32, or bfloat16 where the device is made for that."""
+        self._device = torch.device(device)
+        self._sam = sam.eval().requires_grad_(False).to(self._device)
+        self._dtype = dtype or fitting_dtype(self._device)
+        self._heads: dict[str, SamHead] = {}
+        self._scoring: Mapping[str, tuple[float, ...]] = {}
+        self.base_version = base_version
+        self.version = base_version
+        self.frame_px: int = sam.image_encoder.img_size
+        self._cells: int = sam.prompt_encoder.image_embedding_size[0]
+        self._pe: Tensor = sam.prompt_encoder.get_dense_pe()
+
+    @classmethod
+    def load(
+        cls, path: Path, *, name: str = "sam", device: str = "cpu", heads: Path | None = None, sha256: str = ""
+    ) -> SamSegmenter:
+        """The segmenter from a checkpoint in the published format; its version is ``name`` and the file's hash.
+
+        ``sha256`` saves reading the file for it. Only tensors are read, never code. Raises BadWeights.
+        """
+        try:
+            # Mapped, the weights are in memory once for all server processes.
+            is_new = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_new)
+        except FileNotFoundError as error:
+            raise BadWeights(f"{path} is not there; run geoprelabel weights get sam_vit_b") from error
+        except Exception as error:  # what torch raises at a file of another kind is of many classes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadWeights(f"{path} is damaged or no checkpoint of Segment Anything: {reason}") from error
+        segmenter = cls(build(state, str(path)), f"{name}-{(sha256 or sha256_of(path))[:8]}", device=device)
+        return segmenter if heads is None else segmenter.with_heads(heads)
+
+    def with_heads(self, path: Path) -> SamSegmenter:
+        """The same network with a project's heads. Raises BadWeights."""
+        heads, scoring, name = _load_heads(path, self.base_version, self._sam.prompt_encoder.embed_dim)
+        new = self.with_only(heads, scoring)
+        new.version = f"{self.base_version}-{name}"
+        return new
+
+    def with_only(
+        self, heads: Mapping[str, SamHead], scoring: Mapping[str, tuple[float, ...]] | None = None
+    ) -> SamSegmenter:
+        """The same network and name with these heads alone, and with this scoring where one is given."""
+        new = copy.copy(self)
+        new._heads = {label: head.eval().requires_grad_(False).to(self._device) for label, head in heads.items()}
+        new._scoring = self._scoring if scoring is None else scoring
+        return new
+
+    @property
+    def scoring(self) -> Mapping[str, tuple[float, ...]]:
+        """By label, the factors that tell how likely a candidate is an object; see `backend.instances`."""
+        return self._scoring
+
+    def save_heads(
+        self,
+        heads: Mapping[str, SamHead],
+        path: Path,
+        notes: Mapping[str, str] | None = None,
+        *,
+        scoring: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Write a project's heads by label, whole or not at all; ``with_heads`` reads them."""
+        save_heads(heads, self.base_version, path, notes, scoring=scoring, kind=HEADS_KIND)
+
+    def new_head(self) -> SamHead:
+        """A head to be trained, on features ``coarse`` and ``fine`` of an embedding."""
+        return SamHead(self._sam.prompt_encoder.embed_dim)
+
+    def head(self, label: str) -> SamHead | None:
+        """The head of a label, matched without regard to case; None where there is none."""
+        return next((head for name, head in self._heads.items() if name.casefold() == label.casefold()), None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes that ``dense`` finds: none before a project trained some."""
+        return tuple(self._heads)
+
+    @torch.inference_mode()
+    def embed(self, image_rgb: NDArray[np.uint8]) -> Embedding:
+        """SAM's features of an image, (H, W, 3) uint8 RGB of any size: it is resized to fill SAM's frame."""
+        if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8 or 0 in image_rgb.shape:
+            raise BadImage(f"image must be (H, W, 3) uint8, got {image_rgb.shape} {image_rgb.dtype}")
+        height, width = image_rgb.shape[:2]
+        resized = resized_to(image_rgb, self.frame_px)
+        frame = torch.zeros(1, 3, self.frame_px, self.frame_px, device=self._device)
+        rgb = torch.from_numpy(resized).to(self._device).permute(2, 0, 1).float()
+        mean, std = (rgb.new_tensor(values).view(3, 1, 1) for values in (MEAN_RGB, STD_RGB))
+        frame[0, :, : resized.shape[0], : resized.shape[1]] = (rgb - mean) / std
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            cells = encoded(self._sam.image_encoder, frame)[0]
+        padded = np.zeros((self.frame_px, self.frame_px, 3), np.uint8)
+        padded[: resized.shape[0], : resized.shape[1]] = resized
+        colours = cv2.resize(padded, (2 * self._cells, 2 * self._cells), interpolation=cv2.INTER_AREA)
+        cell_px = self.frame_px / self._cells
+        features: dict[str, NDArray[np.generic]] = {
+            # Half precision: masks stay the same (IoU above .995), and twice as many tiles stay in memory.
+            "coarse": cells.half().cpu().numpy(),
+            "fine": np.ascontiguousarray(np.moveaxis(colours, -1, 0)),
+            # As `compact.cell_size_xy` reads it.
+            "scale_xy": np.array([resized.shape[1] / width, resized.shape[0] / height]) * CELL_PX / cell_px,
+        }
+        return Embedding(features, (height, width), self.base_version)
+
+    @torch.inference_mode()
+    def segment(self, embedding: Embedding, prompts: Prompts) -> Masks:
+        """The object that the prompts mean, best candidate first. Raises BadPrompt where they mean none.
+
+        A single click is ambiguous: it gets three candidates (part, object, group). Further clicks refine what was
+        answered to those before the last one.
+        """
+        if prompts.is_empty:
+            raise BadPrompt("a box or a click on the object is needed")
+        self._check(embedding)
+        height, width = embedding.image_hw
+        clicks_xy = np.clip(prompts.points_xy, 0.01, (width - 0.01, height - 0.01))
+        box = prompts.box_xyxy
+        if box is not None:
+            box = np.clip(box, 0, (width, height, width, height))
+            if box[2] <= box[0] or box[3] <= box[1]:
+                raise BadPrompt(f"box_xyxy must meet the image of {width} by {height} px, got {prompts.box_xyxy}")
+        low_res, ious = self._answered(embedding, clicks_xy, prompts.is_foreground, box)
+        logits = self._to_pixels(low_res, embedding.image_hw).cpu().numpy()
+        scores = np.clip(ious.cpu().numpy(), 0, 1) * stability(logits)
+        rows, columns = (np.floor(clicks_xy[:, i]).astype(int) for i in (1, 0))
+        on_clicks = (logits[:, rows, columns] > 0) == prompts.is_foreground
+        # What leaves out a click that was on the object is no answer, however sure SAM is of it.
+        order = np.lexsort((-scores, -on_clicks.sum(1)))
+        at = rows[prompts.is_foreground], columns[prompts.is_foreground]
+        probabilities = np.stack([_tidied(logits[i], *at) for i in order])
+        return Masks(probabilities, np.minimum.accumulate(scores[order]).astype(np.float32))
+
+    def _check(self, embedding: Embedding) -> None:
+        if embedding.version != self.base_version:
+            raise ValueError(f"embedding is of {embedding.version}, and {self.base_version} is loaded")
+
+    def _answered(
+        self,
+        embedding: Embedding,
+        clicks_xy: NDArray[np.float64],
+        is_foreground: NDArray[np.bool_],
+        box: NDArray[np.float64] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits (K, h, w) and expected IoUs (K,)."""
+        cells = self._cells_of(embedding)
+        boxes = None if box is None else box[None]
+        previous: Tensor | None = None
+        if len(clicks_xy) > 1 and (box is not None or is_foreground[:-1].any()):
+            # What the annotator saw before the last click; the network was trained to be told.
+            several = box is None and len(clicks_xy) == 2
+            before, ious = self._decode(
+                cells, embedding, clicks_xy[None, :-1], is_foreground[None, :-1], boxes, several
+            )
+            previous = before[:, ious[0].argmax()][:, None]
+        is_ambiguous = box is None and len(clicks_xy) == 1
+        low_res, ious = self._decode(
+            cells, embedding, clicks_xy[None], is_foreground[None], boxes, is_ambiguous, previous
+        )
+        return low_res[0], ious[0]
+
+    def _cells_of(self, embedding: Embedding) -> Tensor:
+        return torch.from_numpy(embedding.features["coarse"].astype(np.float32)).to(self._device)[None]
+
+    def _in_frame(self, xy: NDArray[np.float64], embedding: Embedding) -> Tensor:
+        """Pixel corners of the image, (…, 2), as SAM takes them: it adds half a pixel of its frame."""
+        height, width = embedding.image_hw
+        rows, columns = frame_hw(height, width, self.frame_px)
+        return torch.from_numpy((xy * (columns / width, rows / height) - 0.5).astype(np.float32)).to(self._device)
+
+    def _decode(
+        self,
+        cells: Tensor,
+        embedding: Embedding,
+        points_xy: NDArray[np.float64],
+        is_foreground: NDArray[np.bool_],
+        boxes_xyxy: NDArray[np.float64] | None,
+        several: bool,
+        previous: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (N, K, h, w) and expected IoUs (N, K) of N prompts of points (N, P, 2), boxes (N, 4) or both."""
+        points = None
+        if points_xy.shape[1]:
+            labels = torch.from_numpy(is_foreground.astype(np.int64)).to(self._device)
+            points = self._in_frame(points_xy, embedding), labels
+        boxes = None
+        if boxes_xyxy is not None:
+            boxes = self._in_frame(boxes_xyxy.reshape(-1, 2, 2), embedding).reshape(-1, 4)
+        sparse, dense = self._sam.prompt_encoder(points=points, boxes=boxes, masks=previous)
+        low_res, ious = self._sam.mask_decoder(
+            image_embeddings=cells,
+            image_pe=self._pe,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=several,
+        )
+        return low_res, ious
+
+    def _to_pixels(self, maps: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Maps (K, h, w) that span SAM's frame, at the image's pixels: enlarged, the padding cut off, resized."""
+        rows, columns = frame_hw(*image_hw, self.frame_px)
+        whole = F.interpolate(maps[None], (self.frame_px, self.frame_px), mode="bilinear", align_corners=False)
+        return F.interpolate(whole[..., :rows, :columns], image_hw, mode="bilinear", align_corners=False)[0]
+
+    @torch.inference_mode()
+    def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
+        """Class and border probabilities of the whole tile, or of its columns and rows from … to, by the heads."""
+        self._check(embedding)
+        height, width = embedding.image_hw
+        left, top, right, bottom = window_xyxy or (0, 0, width, height)
+        maps = np.empty((2, len(self._heads), bottom - top, right - left), np.float32)
+        if self._heads:
+            coarse = self._cells_of(embedding)
+            fine = torch.from_numpy(embedding.features["fine"].astype(np.float32)).to(self._device)[None]
+            for i, head in enumerate(self._heads.values()):
+                logits = self._to_pixels(head(coarse, fine)[0], embedding.image_hw)
+                maps[:, i] = torch.sigmoid(logits[:, top:bottom, left:right]).cpu().numpy()
+        return DenseMaps(self.labels, maps[0], maps[1], self._scoring)
+
+    def outline(self, embedding: Embedding, boxes_xyxy: NDArray[np.float64]) -> Iterator[Masks]:
+        """For each box, (N, 4) in pixel corners, the object in it, as one candidate; a few are decoded at once."""
+        self._check(embedding)
+        each = _BATCH.get(self._device.type, 16)
+        for start in range(0, len(boxes_xyxy), each):
+            boxes = np.asarray(boxes_xyxy[start : start + each], np.float64)
+            with torch.inference_mode():
+                no_points = np.zeros((len(boxes), 0, 2)), np.zeros((len(boxes), 0), bool)
+                low_res, ious = self._decode(self._cells_of(embedding), embedding, *no_points, boxes, False)
+                logits = self._to_pixels(low_res[:, 0], embedding.image_hw).cpu().numpy()
+            none = np.zeros(0, int)
+            for one, iou in zip(logits, ious[:, 0].cpu().numpy(), strict=True):
+                score = np.clip(iou, 0, 1) * stability(one[None])
+                yield Masks(_tidied(one, none, none)[None], score.astype(np.float32))
+
+    def logit_size_xy(self, embedding: Embedding) -> NDArray[np.float64]:
+        """Width and height of one of `propose`'s logits, in pixels of the image."""
+        height, width = embedding.image_hw
+        rows, columns = frame_hw(height, width, self.frame_px)
+        return np.array([width / columns, height / rows]) * self.frame_px / (4 * self._cells)
+
+    @torch.inference_mode()
+    def propose(
+        self, embedding: Embedding, points_xy: NDArray[np.float64], *, least_iou: float
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]]:
+        """Candidates of single clicks, (N, 2) in pixel corners, whose IoU SAM expects to be above ``least_iou``.
+
+        A few clicks at a time: index of each candidate's click (M,), its logits over SAM's frame without the padding
+        (M, h, w), and its expected IoU (M,).
+        """
+        self._check(embedding)
+        cells = self._cells_of(embedding)
+        rows, columns = frame_hw(*embedding.image_hw, self.frame_px)
+        each, cell_px = _BATCH.get(self._device.type, 16), self.frame_px / (4 * self._cells)
+        part = np.s_[:, : math.ceil(rows / cell_px), : math.ceil(columns / cell_px)]
+        points = self._in_frame(points_xy[:, None], embedding)
+        decoder = _ManyClicks(self._sam, cells, self._pe)
+        for start in range(0, len(points), each):
+            which, logits, ious = decoder.masks(points[start : start + each], least_iou)
+            yield which.cpu().numpy() + start, logits[part].cpu().numpy(), ious.cpu().numpy()
+
+
+class _ManyClicks:
+    """SAM's prompt decoder for many single clicks on one image.
+
+    Its few tokens are projected to what they ask of the image's many cells, rather than the cells to what they offer:
+    the same products in another order, less than half of the work. The masks of clicks that the decoder expects nothing
+    of are never drawn.
+    """
+
+    def __init__(self, sam: Any, cells: Tensor, pe: Tensor) -> None:
+        self._prompts, self._decoder = sam.prompt_encoder, sam.mask_decoder
+        _, no_mask = self._prompts(points=None, boxes=None, masks=None)
+        self._keys = (cells + no_mask).flatten(2).transpose(1, 2)
+        self._pe = pe.flatten(2).transpose(1, 2)
+
+    def masks(self, points: Tensor, least_iou: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the click (M,), logits (M, h, w), expected IoU (M,) of the candidates of clicks (N, 1, 2)."""
+        decoder = self._decoder
+        labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
+        sparse, _ = self._prompts(points=(points, labels), boxes=None, masks=None)
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(len(points), -1, -1)
+        tokens, keys = self._two_way(torch.cat([own, sparse], 1))
+        ious = decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
+        wanted = ious > least_iou
+        some = wanted.any(1)
+        side = math.isqrt(keys.shape[1])
+        if not some.any():
+            empty = ious.new_zeros(0)
+            return empty.long(), empty.view(0, 4 * side, 4 * side), empty
+        drawn = decoder.output_upscaling(keys[some].transpose(1, 2).reshape(-1, keys.shape[2], side, side))
+        networks = decoder.output_hypernetworks_mlps[1:]
+        hyper = torch.stack([network(tokens[some, 2 + i]) for i, network in enumerate(networks)], 1)
+        logits = torch.einsum("nkc,nchw->nkhw", hyper, drawn)
+        which = some.nonzero()[:, :1].expand(-1, len(networks))
+        chosen = wanted[some]
+        return which[chosen], logits[chosen], ious[some][chosen]
+
+    def _two_way(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T, C) and cells (N, h · w, C) after they have looked at each other."""
+        transformer = self._decoder.transformer
+        tokens, keys = prompts, self._keys
+        for layer in transformer.layers:
+            if layer.skip_first_layer_pe:
+                tokens = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
+            else:
+                q = tokens + prompts
+                tokens = layer.norm1(tokens + layer.self_attn(q=q, k=q, v=tokens))
+            with_pe = keys + self._pe
+            tokens = layer.norm2(
+                tokens + _asked_of_cells(layer.cross_attn_token_to_image, tokens + prompts, with_pe, keys)
+            )
+            tokens = layer.norm3(tokens + layer.mlp(tokens))
+            keys = layer.norm4(
+                keys + _told_to_cells(layer.cross_attn_image_to_token, with_pe, tokens + prompts, tokens)
+            )
+        last = transformer.final_attn_token_to_image
+        return transformer.norm_final_attn(
+            tokens + _asked_of_cells(last, tokens + prompts, keys + self._pe, keys)
+        ), keys
+
+
+def _asked_of_cells(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The decoder's attention of tokens q (N, T, C) to cells k and v (N or 1, h · w, C)."""
+    n, tokens, channels = q.shape
+    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
+    of_k, of_v = (layer.weight.view(heads, width, channels) for layer in (attention.k_proj, attention.v_proj))
+    asks = torch.einsum("nthd,hdc->nhtc", attention.q_proj(q).view(n, tokens, heads, width), of_k)
+    # The keys' bias adds the same to all cells, which softmax does not see.
+    shares = (asks.reshape(n, heads * tokens, channels) @ k.transpose(1, 2)).mul_(width**-0.5).softmax(-1)
+    seen = torch.einsum("nhtc,hdc->nthd", (shares @ v).view(n, heads, tokens, channels), of_v)
+    return cast(Tensor, attention.out_proj(seen.flatten(2) + attention.v_proj.bias))
+
+
+def _told_to_cells(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The decoder's attention of cells q (N or 1, h · w, C) to tokens k and v (N, T, C)."""
+    n, tokens, channels = k.shape
+    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
+    of_q, bias = attention.q_proj.weight.view(heads, width, channels), attention.q_proj.bias.view(heads, width)
+    offers = attention.k_proj(k).view(n, tokens, heads, width)
+    asks = torch.einsum("nthd,hdc->nhtc", offers, of_q).reshape(n, heads * tokens, channels)
+    biases = torch.einsum("nthd,hd->nht", offers, bias).reshape(n, 1, heads * tokens)
+    scores = (q @ asks.transpose(1, 2)).add_(biases).mul_(width**-0.5)
+    shares = scores.view(n, -1, heads, tokens).softmax(-1).flatten(2)
+    of_out = attention.out_proj.weight.view(channels, heads, width)
+    gives = torch.einsum("nthd,chd->nhtc", attention.v_proj(v).view(n, tokens, heads, width), of_out)
+    return (shares @ gives.reshape(n, heads * tokens, channels)).add_(attention.out_proj.bias)
+
+
+def fitting_dtype(device: torch.device) -> torch.dtype:
+    """What the encoder computes in: half as wide as float32 where the device is faster with that."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def frame_hw(height: int, width: int, frame_px: int) -> tuple[int, int]:
+    """Rows and columns of SAM's frame that an image takes: its longer side all of them."""
+    scale = frame_px / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resized_to(image_rgb: NDArray[np.uint8], frame_px: int) -> NDArray[np.uint8]:
+    """The image so large that it fills SAM's frame, as the package's authors do it: Pillow's bilinear filter."""
+    rows, columns = frame_hw(image_rgb.shape[0], image_rgb.shape[1], frame_px)
+    if image_rgb.shape[:2] == (rows, columns):
+        return image_rgb.copy()
+    return np.array(Image.fromarray(image_rgb).resize((columns, rows), Image.Resampling.BILINEAR))
+
+
+def stability(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """For each map of logits (K, h, w), the IoU of its shapes at a higher and a lower cut, (K,), 0…1."""
+    inner = np.array([np.count_nonzero(one > STABILITY_OFFSET) for one in logits], np.float64)
+    outer = np.array([np.count_nonzero(one > -STABILITY_OFFSET) for one in logits], np.float64)
+    return np.asarray(inner / np.maximum(outer, 1))
+
+
+def _tidied(
+    logits: NDArray[np.float32], rows: NDArray[np.integer[Any]], columns: NDArray[np.integer[Any]]
+) -> NDArray[np.float32]:
+    """Probabilities without specks: patches stay that hold one of the pixels named, or are large beside the largest."""
+    probabilities = cast("NDArray[np.float32]", 1 / (1 + cv2.exp(-np.clip(logits, -30, 30))))
+    count, patches, stats, _ = cv2.connectedComponentsWithStats((logits > 0).astype(np.uint8), connectivity=4)
+    if count <= 2:
+        return probabilities
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    kept = np.zeros(count, bool)
+    kept[1:] = areas >= _LEAST_PATCH * areas.max()
+    kept[patches[rows, columns]] = True
+    kept[0] = True
+    # Below one half by a hair, so that the outlines of neighbours at one half stay where they are.
+    return np.where(kept[patches], probabilities, np.float32(0.49))
+
+
+def build(state: Mapping[str, Tensor], source: str = "the checkpoint") -> Any:
+    """The package's ``Sam`` that a checkpoint's tensors fit, its sizes read from their shapes. Raises BadWeights."""
+    modeling, _ = _segment_anything()
+    try:
+        patch, pos = state["image_encoder.patch_embed.proj.weight"], state["image_encoder.pos_embed"]
+        cells, embed_dim = pos.shape[1], pos.shape[3]
+        frame_px, depth = cells * patch.shape[2], _count(state, "image_encoder.blocks")
+        reaches = [state[f"image_encoder.blocks.{i}.attn.rel_pos_h"].shape for i in range(depth)]
+        is_global = [rows == 2 * cells - 1 for rows, _ in reaches]
+        windows = {(rows + 1) // 2 for (rows, _), whole in zip(reaches, is_global, strict=True) if not whole}
+        channels = state["image_encoder.neck.0.weight"].shape[0]
+        encoder, decoder = "image_encoder.blocks.0", "mask_decoder"
+        with torch.device("meta"):
+            sam = modeling.Sam(
+                image_encoder=modeling.ImageEncoderViT(
+                    depth=depth,
+                    embed_dim=embed_dim,
+                    img_size=frame_px,
+                    mlp_ratio=state[f"{encoder}.mlp.lin1.weight"].shape[0] / embed_dim,
+                    norm_layer=_layer_norm,
+                    num_heads=embed_dim // reaches[0][1],
+                    patch_size=patch.shape[2],
+                    qkv_bias=f"{encoder}.attn.qkv.bias" in state,
+                    use_rel_pos=True,
+                    global_attn_indexes=tuple(i for i, whole in enumerate(is_global) if whole),
+                    window_size=max(windows, default=0),
+                    out_chans=channels,
+                ),
+                prompt_encoder=modeling.PromptEncoder(
+                    embed_dim=channels,
+                    image_embedding_size=(cells, cells),
+                    input_image_size=(frame_px, frame_px),
+                    mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+                ),
+                mask_decoder=modeling.MaskDecoder(
+                    num_multimask_outputs=state[f"{decoder}.mask_tokens.weight"].shape[0] - 1,
+                    transformer=modeling.TwoWayTransformer(
+                        depth=_count(state, f"{decoder}.transformer.layers"),
+                        embedding_dim=channels,
+                        mlp_dim=state[f"{decoder}.transformer.layers.0.mlp.lin1.weight"].shape[0],
+                        num_heads=_DECODER_HEADS,
+                    ),
+                    transformer_dim=channels,
+                    iou_head_depth=_count(state, f"{decoder}.iou_prediction_head.layers"),
+                    iou_head_hidden_dim=state[f"{decoder}.iou_prediction_head.layers.0.weight"].shape[0],
+                ),
+            )
+        sam.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise BadWeights(f"{source} is no checkpoint of Segment Anything: {type(error).__name__} {reason}") from error
+    sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN_RGB, STD_RGB))
+    return sam.eval()
+
+
+def _layer_norm(channels: int) -> nn.LayerNorm:
+    return nn.LayerNorm(channels, eps=1e-6)
+
+
+def _count(state: Iterable[str], prefix: str) -> int:
+    """How many modules a list of that name holds."""
+    numbers = {int(name[len(prefix) + 1 :].split(".")[0]) for name in state if name.startswith(f"{prefix}.")}
+    return len(numbers)
+
+
+def encoded(encoder: Any, frame: Tensor) -> Tensor:
+    """What the package's ``ImageEncoderViT`` makes of a frame (1, 3, S, S), (1, C, h, w); up to rounding the same."""
+    x = encoder.patch_embed(frame)
+    if encoder.pos_embed is not None:
+        x = x + encoder.pos_embed
+    x = x[0].float()
+    for block in encoder.blocks:
+        x += _looked_around(block, block.norm1(x))
+        flat = x.view(-1, x.shape[-1])
+        # Part by part, the widened tokens stay in the processor's cache.
+        for part in flat.split(_MLP_TOKENS if x.device.type == "cpu" else len(flat)):
+            part += block.mlp(block.norm2(part))
+    return cast(Tensor, encoder.neck(x.permute(2, 0, 1)[None]).float())
+
+
+def _looked_around(block: Any, x: Tensor) -> Tensor:
+    """A block's attention on tokens (h, w, C): of all to all, or within windows."""
+    attention = block.attn
+    rows, columns, channels = x.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(x)
+    side = block.window_size
+    high, wide = (side, side) if side else (rows, columns)
+    down, across = math.ceil(rows / high), math.ceil(columns / wide)
+    if (down * high, across * wide) != (rows, columns):
+        # Windows reach over the edge: there the input is zero, and its projection the bias.
+        padded = qkv.new_empty(down * high, across * wide, 3 * channels)
+        padded[rows:] = padded[:rows, columns:] = 0 if attention.qkv.bias is None else attention.qkv.bias
+        padded[:rows, :columns] = qkv
+        qkv = padded
+    parts = qkv.view(down, high, across, wide, 3, heads, -1).permute(4, 0, 2, 5, 1, 3, 6)
+    q, k, v = parts.reshape(3, down * across * heads, high, wide, channels // heads)
+    seen = _attention(q, k, v, attention)
+    seen = seen.view(down, across, heads, high, wide, -1).permute(0, 3, 1, 4, 2, 5)
+    seen = seen.reshape(down * high, across * wide, channels)[:rows, :columns]
+    return cast(Tensor, attention.proj(seen))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Any) -> Tensor:
+    """Softmax attention with decomposed relative positions; q, k, v and what comes of it are (N, h, w, c).
+
+    The map of all against all is never held whole, only for some items or some rows of one item at a time.
+    """
+    n, high, wide, _ = q.shape
+    tokens = high * wide
+    if attention.use_rel_pos:
+        rel_h = torch.einsum("nhwc,hkc->nhwk", q, _relative(attention.rel_pos_h, high).to(q.dtype))
+        rel_w = torch.einsum("nhwc,wkc->nhwk", q, _relative(attention.rel_pos_w, wide).to(q.dtype))
+    keys, values = (x.reshape(1, n, tokens, -1) for x in (k, v))
+    seen = torch.empty_like(q)
+    most = _MAP_VALUES.get(q.device.type, 2**24)
+    items, rows = max(1, most // tokens**2), high if tokens**2 <= most else max(1, most // (wide * tokens))
+    room = q.new_empty(min(items, n) * min(rows, high) * wide * tokens)
+    for i in range(0, n, items):
+        for y in range(0, high, rows):
+            some = np.s_[i : i + items, y : y + rows]
+            asks = q[some].flatten(1, 2)[None]
+            bias = None
+            if attention.use_rel_pos:
+                shape = (*q[some].shape[:3], high, wide)
+                bias = room[: math.prod(shape)].view(shape)
+                torch.add(rel_h[some][..., :, None], rel_w[some][..., None, :], out=bias)
+                bias = bias.view(1, *asks.shape[1:3], tokens)
+            answer = F.scaled_dot_product_attention(
+                asks, keys[:, i : i + items], values[:, i : i + items], attn_mask=bias, scale=attention.scale
+            )
+            seen[some] = answer[0].view_as(q[some])
+    return seen
+
+
+def _relative(table: Tensor, length: int) -> Tensor:
+    """Of a table of relative positions (2 · length - 1, c), the row of each pair of places, (length, length, c)."""
+    if len(table) != 2 * length - 1:
+        table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear")[0].T
+    places = torch.arange(length, device=table.device)
+    return table[places[:, None] - places[None, :] + length - 1]
+
+
+def _load_heads(
+    path: Path, base_version: str, channels: int
+) -> tuple[dict[str, SamHead], dict[str, tuple[float, ...]], str]:
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata = dict(file.metadata() or {})
+        labels = [str(label) for label in json.loads(metadata.get("labels", "null"))]
+    except OSError as error:
+        raise BadWeights(f"{path} cannot be read, and a project's heads should be there: {error.strerror}") from error
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise BadWeights(f"{path} is damaged or holds no heads: {error}") from error
+    if metadata.get("kind") != HEADS_KIND:
+        raise BadWeights(f"{path} holds {metadata.get('kind', 'weights of an unnamed kind')}, not {HEADS_KIND}")
+    if metadata.get("base") != base_version:
+        raise BadWeights(
+            f"{path} was trained on {metadata.get('base')}, and {base_version} is loaded; train the project again"
+        )
+    heads = {label: SamHead(channels) for label in labels}
+    for i, (label, head) in enumerate(heads.items()):
+        try:
+            head.load_state_dict({name.split(".", 1)[1]: v for name, v in tensors.items() if name.startswith(f"{i}.")})
+        except RuntimeError as error:
+            raise BadWeights(f"{path} has no head for {label} that fits: {str(error).splitlines()[0]}") from error
+    return heads, read_scoring(metadata, path), hashlib.sha256(content).hexdigest()[:8]
