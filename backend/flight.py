@@ -5,12 +5,53 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
+
+
+class Replaced(Exception):
+    """Somebody asked again before this was answered: nobody waits for it any more."""
+
+
+class Claim:
+    """One request for an answer that only the newest request for it is worth."""
+
+    def __init__(self) -> None:
+        self.replaced: Future[None] = Future()
+
+    def check(self) -> None:
+        """Raises Replaced where a newer one has come."""
+        if self.replaced.done():
+            raise Replaced
+
+
+class Claims:
+    """The requests that are being answered: a newer one of the same key takes an older one's place."""
+
+    def __init__(self) -> None:
+        self._newest: dict[Hashable, Claim] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def made(self, key: Hashable) -> Iterator[Claim]:
+        """The newest claim to the key for the length of a ``with`` block, unless a newer one is made meanwhile."""
+        claim = Claim()
+        with self._lock:
+            older = self._newest.get(key)
+            self._newest[key] = claim
+        if older is not None:
+            older.replaced.set_result(None)
+        try:
+            yield claim
+        finally:
+            with self._lock:
+                if self._newest.get(key) is claim:
+                    del self._newest[key]
 
 
 class SingleFlight(Generic[Result]):
@@ -20,26 +61,41 @@ class SingleFlight(Generic[Result]):
         self._flights: dict[Hashable, Future[Result]] = {}
         self._lock = threading.Lock()
 
-    def do(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        """What ``compute`` returns or raises, computed by this thread or by the one that is at it already."""
+    def do(self, key: Hashable, compute: Callable[[], Result], *, claim: Claim | None = None) -> Result:
+        """What ``compute`` returns or raises, computed by this thread or by the one that is at it already.
+
+        With a ``claim`` it is computed in a thread of its own, and goes on for others where this one raises Replaced.
+        """
         with self._lock:
             flight = self._flights.get(key)
             leads = flight is None
             if flight is None:
                 flight = self._flights[key] = Future()
-        if not leads:
+        if claim is None:
+            if leads:
+                self._fly(key, flight, compute)
             return flight.result()
+        if leads:
+            threading.Thread(target=self._fly, args=(key, flight, compute), name="flight", daemon=True).start()
+        either: tuple[Future[Any], ...] = (flight, claim.replaced)
+        wait(either, return_when=FIRST_COMPLETED)
+        if not flight.done():
+            claim.check()
+        return flight.result()
+
+    def _fly(self, key: Hashable, flight: Future[Result], compute: Callable[[], Result]) -> None:
         try:
             result = compute()
         except BaseException as error:
+            self._land(key)
             flight.set_exception(error)
-            raise
         else:
+            self._land(key)
             flight.set_result(result)
-            return result
-        finally:
-            with self._lock:
-                del self._flights[key]
+
+    def _land(self, key: Hashable) -> None:
+        with self._lock:
+            del self._flights[key]
 
 
 class Gate:
@@ -52,13 +108,26 @@ class Gate:
         self._turn = threading.Condition()
 
     @contextmanager
-    def entered(self, *, urgency: int = 0) -> Iterator[None]:
-        """Hold the gate for the length of a ``with`` block. The higher ``urgency`` goes first."""
+    def entered(self, *, urgency: int = 0, claim: Claim | None = None) -> Iterator[None]:
+        """Hold the gate for the length of a ``with`` block. The higher ``urgency`` goes first.
+
+        Raises Replaced where the ``claim`` is replaced before its turn.
+        """
         ticket = (-urgency, next(self._order))
+        if claim is not None:
+            claim.replaced.add_done_callback(self._wake)
         with self._turn:
             heapq.heappush(self._waiting, ticket)
-            self._turn.wait_for(lambda: not self._is_busy and self._waiting[0] == ticket)
-            heapq.heappop(self._waiting)
+            self._turn.wait_for(
+                lambda: (
+                    (not self._is_busy and self._waiting[0] == ticket) or (claim is not None and claim.replaced.done())
+                )
+            )
+            self._waiting.remove(ticket)
+            heapq.heapify(self._waiting)
+            if claim is not None and claim.replaced.done():
+                self._turn.notify_all()
+                raise Replaced
             self._is_busy = True
         try:
             yield
@@ -67,8 +136,112 @@ class Gate:
                 self._is_busy = False
                 self._turn.notify_all()
 
+    def _wake(self, _: Future[None]) -> None:
+        with self._turn:
+            self._turn.notify_all()
+
     @property
     def waiting(self) -> int:
         """How many threads wait for their turn."""
         with self._turn:
             return len(self._waiting)
+
+
+class Room:
+    """So many at a time, and nobody waits for a place."""
+
+    def __init__(self, places: int) -> None:
+        self._free = threading.Semaphore(places)
+
+    @contextmanager
+    def place(self) -> Iterator[bool]:
+        """Whether there was a place; it is held for the length of a ``with`` block."""
+        got = self._free.acquire(blocking=False)
+        try:
+            yield got
+        finally:
+            if got:
+                self._free.release()
+
+
+class FairPool:
+    """Threads that do queued work for several groups in turn, however much of it one of them has.
+
+    One thread is never had by the group that has all the others: work that is slow, such as images from a slow host,
+    holds up nobody else's.
+    """
+
+    def __init__(self, threads: int, *, name: str) -> None:
+        """The threads start with the first work; there must be two at least."""
+        if threads < 2:
+            raise ValueError(f"a fair pool needs 2 threads at least, got {threads}")
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+        self._queues: OrderedDict[Hashable, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
+        self._at_work: dict[Hashable, int] = {}
+        self._is_closed = False
+        self._has_started = False
+        self._turn = threading.Condition()
+
+    def submit(self, group: Hashable, work: Callable[[], Result]) -> Future[Result]:
+        """Put work in line behind the group's other work."""
+        future: Future[Result] = Future()
+        with self._turn:
+            if self._is_closed:
+                raise RuntimeError("the pool is closed")
+            if not self._has_started:
+                self._has_started = True
+                for thread in self._threads:
+                    thread.start()
+            self._queues.setdefault(group, deque()).append((future, work))
+            self._turn.notify_all()
+        return future
+
+    @property
+    def waiting(self) -> int:
+        """How much work is in line."""
+        with self._turn:
+            return sum(map(len, self._queues.values()))
+
+    def close(self) -> None:
+        """Finish what was begun, cancel what was not."""
+        with self._turn:
+            self._is_closed = True
+            for queue in self._queues.values():
+                for future, _ in queue:
+                    future.cancel()
+            self._queues.clear()
+            self._turn.notify_all()
+        if self._has_started:
+            for thread in self._threads:
+                thread.join()
+
+    def _next(self) -> Hashable | None:
+        """The group whose turn it is: of those that may have another thread, the one served longest ago."""
+        most = len(self._threads) - 1
+        return next((group for group in self._queues if self._at_work.get(group, 0) < most), None)
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._is_closed or self._next() is not None)
+                group = self._next()
+                if group is None:
+                    return
+                queue = self._queues[group]
+                future, work = queue.popleft()
+                self._queues.move_to_end(group)
+                if not queue:
+                    del self._queues[group]
+                self._at_work[group] = self._at_work.get(group, 0) + 1
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = work()
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            with self._turn:
+                self._at_work[group] -= 1
+                if not self._at_work[group]:
+                    del self._at_work[group]
+                self._turn.notify_all()

@@ -1,0 +1,161 @@
+"""Whose turn it is: at the device, among groups of work, and of several requests for one answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from backend.flight import Claims, FairPool, Gate, Replaced, Room, SingleFlight
+
+
+def started(*works) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_gate_lets_the_urgent_go_first_then_who_came_first():
+    gate, order = Gate(), []
+
+    def enter(name: str, urgency: int) -> None:
+        with gate.entered(urgency=urgency):
+            order.append(name)
+
+    threads: list[threading.Thread] = []
+    with gate.entered():
+        for count, (name, urgency) in enumerate((("batch", 0), ("batch 2", 0), ("opened", 1), ("click", 2)), 1):
+            threads += started(lambda name=name, urgency=urgency: enter(name, urgency))
+            until(lambda count=count: gate.waiting == count)
+    for thread in threads:
+        thread.join(20)
+    assert order == ["click", "opened", "batch", "batch 2"]
+
+
+def test_a_replaced_claim_leaves_the_line_at_once():
+    gate, claims, gone = Gate(), Claims(), threading.Event()
+
+    def older() -> None:
+        with claims.made("task") as claim, pytest.raises(Replaced), gate.entered(claim=claim):
+            pytest.fail("entered")
+        gone.set()
+
+    with gate.entered():
+        started(older)
+        until(lambda: gate.waiting == 1)
+        with claims.made("another task"):
+            time.sleep(0.02)
+            assert not gone.is_set()
+        with claims.made("task") as newer:
+            assert gone.wait(20)
+            newer.check()
+        assert gate.waiting == 0
+    with gate.entered():
+        pass
+
+
+def test_work_that_its_first_asker_gives_up_is_done_for_the_others_once():
+    flights: SingleFlight[int] = SingleFlight()
+    claims, go, calls, answers, given_up = Claims(), threading.Event(), [], [], threading.Event()
+
+    def compute() -> int:
+        calls.append(1)
+        go.wait(20)
+        return 7
+
+    def older() -> None:
+        with claims.made("task") as claim, pytest.raises(Replaced):
+            flights.do("image", compute, claim=claim)
+        given_up.set()
+
+    def newer() -> None:
+        with claims.made("task") as claim:
+            answers.append(flights.do("image", compute, claim=claim))
+
+    first = started(older)
+    until(lambda: bool(calls))
+    rest = started(newer, lambda: answers.append(flights.do("image", compute)))
+    assert given_up.wait(20)
+    go.set()
+    for thread in first + rest:
+        thread.join(20)
+    assert (calls, answers) == ([1], [7, 7])
+
+
+def test_an_error_reaches_all_who_asked():
+    flights: SingleFlight[int] = SingleFlight()
+    with Claims().made("task") as claim, pytest.raises(ZeroDivisionError):
+        flights.do("image", lambda: 1 // 0, claim=claim)
+    assert flights.do("image", lambda: 1) == 1
+
+
+def test_a_small_group_does_not_wait_for_a_large_one():
+    pool, order = FairPool(2, name="test"), []
+    go = threading.Event()
+    large = [pool.submit("large", lambda i=i: (go.wait(20), order.append(f"large {i}"))) for i in range(30)]
+    small = [pool.submit("small", lambda i=i: order.append(f"small {i}")) for i in range(3)]
+    for future in small:
+        future.result(20)  # although no work of the large group has come to its end
+    go.set()
+    for future in large:
+        future.result(20)
+    assert order[:3] == ["small 0", "small 1", "small 2"]
+    assert order[3:] == [f"large {i}" for i in range(30)]
+    pool.close()
+
+
+def test_groups_take_turns():
+    pool, order = FairPool(2, name="test"), []
+    go = threading.Event()
+    held = pool.submit("held", lambda: go.wait(20))
+    blocked = pool.submit("a", lambda: go.wait(20))
+    until(lambda: pool.waiting == 0)
+    futures = [pool.submit(group, lambda group=group: order.append(group)) for group in "aaaabb"]
+    go.set()
+    for future in [held, blocked, *futures]:
+        future.result(20)
+    assert sorted(order) == list("aaaabb")
+    assert set(order[:4]) == {"a", "b"}
+    assert order[-1] == "a"
+    pool.close()
+
+
+def test_a_closed_pool_finishes_what_was_begun():
+    pool, go = FairPool(2, name="test"), threading.Event()
+    begun = pool.submit("a", lambda: go.wait(20))
+    until(lambda: pool.waiting == 0)
+    waiting = pool.submit("a", lambda: True)
+    closing = started(pool.close)
+    with pytest.raises(CancelledError):
+        waiting.result(20)
+    go.set()
+    closing[0].join(20)
+    assert begun.result(0)
+    with pytest.raises(RuntimeError):
+        pool.submit("a", lambda: True)
+
+
+def test_a_pool_passes_errors_on_and_goes_on():
+    pool = FairPool(2, name="test")
+    with pytest.raises(ZeroDivisionError):
+        pool.submit("a", lambda: 1 // 0).result(20)
+    assert pool.submit("a", lambda: 5).result(20) == 5
+    pool.close()
+
+
+def test_a_room_has_so_many_places_and_gives_them_back():
+    room = Room(2)
+    with room.place() as first, room.place() as second, room.place() as third:
+        assert (first, second, third) == (True, True, False)
+    with room.place() as again:
+        assert again
