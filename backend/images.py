@@ -47,7 +47,8 @@ _DATA_PATH = r"/data/upload/|/data/local-files/?(?=$|\?)|/storage-data/uploaded/
 _RESOLVE_PATH = r"/(?:tasks|projects)/\d+/(?:resolve|presign)/"
 """Where Label Studio hands out files for a token. Its other routes are never asked with one on a task's behalf."""
 
-_TILE_PATH = re.compile(r"/tiles/([^/]+)/([^/]+)$")
+_TILE_PATH = re.compile(r"/tiles/([^/]+)/([^/]+|\d+/\d+/\d+\.\w+)$")
+_XYZ_NAME = re.compile(r"\d{1,2}/\d{1,10}/\d{1,10}\.\w{3,4}")
 _TILE_NAME = re.compile(r"[\w][\w.+@ -]{0,199}")
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
@@ -265,7 +266,8 @@ class ImageStore:
         return None
 
     def _tile_path(self, scene: str, name: str, url: str) -> Path:
-        if not (_TILE_NAME.fullmatch(scene) and _TILE_NAME.fullmatch(name)) or ".." in (scene, name):
+        is_name = _TILE_NAME.fullmatch(name) or _XYZ_NAME.fullmatch(name)
+        if not (_TILE_NAME.fullmatch(scene) and is_name) or ".." in (scene, name):
             raise ImageRefused(f"{shown_url(url)}: not the name of a tile")
         path = (self._tiles_dir / scene / name).resolve()
         if not path.is_relative_to(self._tiles_dir.resolve()):
