@@ -5,20 +5,23 @@ What is shared by those who turn annotations into features and those who check t
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from . import labelstudio
 from .errors import BadRequest
 from .labelstudio import LabelConfig
-from .tile import FloatArray, Region, Tile
+from .tile import FloatArray, Region, Tile, to_lonlat
 
 FROM = labelstudio.WHICH_ANNOTATIONS
 """Which annotations of a task count, where there are several."""
@@ -26,7 +29,13 @@ FROM = labelstudio.WHICH_ANNOTATIONS
 _MOVED_PCT = 1e-3
 """Percent of the image below which a point has not been moved, but rounded by the editor."""
 
-_CHUNK_CHARS = 1 << 20
+_CHUNK_BYTES = 1 << 20
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_STEP = np.zeros(256, np.int64)
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
+_IS_MARK = _STEP != 0
+_IS_MARK[ord('"')] = True
 _IMAGE = re.compile(r"\.(?:jpe?g|png|webp|tiff?|bmp|gif)(?:[?#]|$)", re.IGNORECASE)
 
 
@@ -43,8 +52,17 @@ def tiles_of(task: Mapping[str, Any], config: LabelConfig | None) -> Iterator[tu
         tiles = (Tile.from_task(data, image_url=text) for text in texts or [""])
         tile = next((tile for tile in tiles if tile is not None), None)
         tile = tile or Tile(size=(1, 1))
-        tile.ground_size_m()  # raises for a photo, and where the CRS does not reach the tile
+        if not _is_reached(tile):
+            tile.ground_size_m()  # raises for a photo, and where the CRS does not reach the tile
         yield to_name, tile
+
+
+def _is_reached(tile: Tile) -> bool:
+    """Whether the middle of the tile has a place on Earth."""
+    if tile.transform is None:
+        return False
+    x, y = tile.transform @ (tile.size[0] / 2, tile.size[1] / 2)
+    return all(map(math.isfinite, to_lonlat(str(tile.crs), None).transform(x, y)))
 
 
 def image_address(task: Mapping[str, Any], config: LabelConfig | None, to_name: str | None) -> str:
@@ -187,7 +205,8 @@ class Predicted:
         before = self.results.get(result.get("id", ""))
         if before is None:
             # Label Studio's own word for it, where an export leaves predictions out.
-            return {"prediction": False, "prediction-changed": True}.get(str(result.get("origin")))
+            origin = result.get("origin")
+            return origin == "prediction-changed" if origin in ("prediction", "prediction-changed") else None
         old, new = before.get("value"), result.get("value")
         if old == new:
             return False
@@ -248,55 +267,97 @@ def tasks_in(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises BadRequest naming what is wrong with it.
     """
-    decoder = json.JSONDecoder()
     try:
-        with path.open(encoding="utf-8") as file:
-            text, at, number = "", 0, 0
-
-            def more() -> bool:
-                nonlocal text, at
-                # As much again as was not enough: a long task is not looked at over and over.
-                chunk = file.read(max(_CHUNK_CHARS, len(text) - at))
-                text, at = text[at:] + chunk, 0
-                return bool(chunk)
-
-            def skip(wanted: str) -> str:
-                nonlocal at
-                while True:
-                    while at < len(text) and text[at] in " \t\r\n\ufeff":
-                        at += 1
-                    if at < len(text):
-                        found = text[at]
-                        at += found in wanted
-                        return found
-                    if not more():
-                        return ""
-
-            found = skip("[")
-            if found != "[":
-                kind = "nothing" if not found else f"text that begins with {found!r}"
+        with path.open("rb") as file:
+            text = b""
+            while not text and (chunk := file.read(_CHUNK_BYTES)):
+                text = chunk.lstrip(_BLANK)
+            if text[:1] != b"[":
+                kind = f"text that begins with {text[:1].decode(errors='replace')!r}" if text else "nothing"
                 raise BadRequest(f"{path} must hold a list of Label Studio tasks, got {kind}")
-            if skip("]") == "]":
-                return
-            while True:
-                skip("")
-                while True:
-                    try:
-                        task, at = decoder.raw_decode(text, at)
-                        break
-                    except json.JSONDecodeError as error:
-                        if not more():
-                            raise BadRequest(f"{path} is not JSON: task number {number}: {error}") from error
-                if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
-                    raise BadRequest(f"{path}: task number {number} has no data object")
-                yield task
-                number += 1
-                found = skip(",]")
-                if found == "]":
-                    return
-                if found != ",":
+            text, number, is_closed = text[1:], 0, False
+            while not is_closed:
+                end, is_closed = _whole_tasks(text)
+                is_cut = False
+                if not end and not is_closed:
+                    # As much again as was not enough: a long task is not looked at over and over.
+                    chunk = file.read(max(_CHUNK_BYTES, len(text)))
+                    if chunk:
+                        text += chunk
+                        continue
+                    end, is_cut = len(text), True
+                for task in _decoded(text[:end], number, path):
+                    if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
+                        raise BadRequest(f"{path}: task number {number} has no data object")
+                    yield task
+                    number += 1
+                if is_cut:
                     raise BadRequest(f"{path} is not JSON: expected a comma after task number {number - 1}")
+                text = text[end:]
     except FileNotFoundError as error:
         raise BadRequest(f"{path} is not there") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise BadRequest(f"{path} is nested too deeply to be Label Studio's JSON") from error
+
+
+def _whole_tasks(text: bytes) -> tuple[int, bool]:
+    """Where the last whole task in the inside of a list ends; and whether the list itself does, then where."""
+    # An escaped character is no quotation mark; the text keeps its length.
+    plain = np.frombuffer(_ESCAPED.sub(b"__", text) if b"\\" in text else text, np.uint8)
+    at = np.flatnonzero(_IS_MARK[plain])
+    mark = plain[at]
+    step = np.where(np.cumsum(mark == ord('"')) % 2, 0, _STEP[mark])
+    depth = np.cumsum(step)
+    closed = np.flatnonzero(depth < 0)
+    if len(closed):
+        return int(at[closed[0]]), True
+    ends = at[(depth == 0) & (step < 0)]
+    return (int(ends[-1]) + 1 if len(ends) else 0), False
+
+
+def _decoded(text: bytes, number: int, path: Path) -> Iterable[Any]:
+    """The tasks in the inside of a list, from that number on. Raises BadRequest, UnicodeDecodeError."""
+    inside = text.strip(_BLANK)
+    if not inside:
+        return ()
+    if inside.startswith(b",") == (number > 0) and inside != b",":
+        # Label Studio's own JSON is Python's, which may hold NaN and half characters: the slower reader takes them.
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError), _no_search_for_cycles():
+            tasks: list[Any] = msgspec.json.decode(b"[" + inside.removeprefix(b",") + b"]")
+            return tasks
+    return _decoded_one_by_one(text.decode(), number, path)
+
+
+@contextlib.contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """JSON has no cycles, and its thousands of lists and dicts would set the garbage collector off again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _decoded_one_by_one(text: str, number: int, path: Path) -> Iterator[Any]:
+    decoder, at = json.JSONDecoder(), 0
+    while (at := _blank_end(text, at)) < len(text):
+        if number:
+            if text[at] != ",":
+                raise BadRequest(f"{path} is not JSON: expected a comma after task number {number - 1}")
+            at = _blank_end(text, at + 1)
+        try:
+            task, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise BadRequest(f"{path} is not JSON: task number {number}: {error}") from error
+        yield task
+        number += 1
+
+
+def _blank_end(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at

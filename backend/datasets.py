@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -72,7 +73,8 @@ class FileNames:
         stem, dot, ending = name.rpartition(".")
         stem, dot, ending = (stem, dot, ending) if stem else (name, "", "")
         # Two images whose names differ in the ending alone would share a label file.
-        for tried in (stem, f"{_plain(str(task))}_{stem}", *(f"{stem}_{number}" for number in range(2, 1_000_000))):
+        numbered = (f"{stem}_{number}" for number in range(2, 1_000_000))
+        for tried in chain((stem, f"{_plain(str(task))}_{stem}"), numbered):
             if tried.casefold() not in self._taken:
                 self._taken.add(tried.casefold())
                 return tried + dot + ending
@@ -288,77 +290,90 @@ def _write_stac(scenes: Iterable[SceneFeatures], path: Path, labels: Sequence[st
     """A collection with one label item for each scene, its features as GeoJSON, and an item for each tile."""
     path.mkdir(parents=True)
     features = 0
-    items: list[str] = []
-    box: NDArray[np.float64] | None = None
+    hrefs: list[str] = []
+    boxes: list[tuple[float, ...]] = []
     names = FileNames()
     for scene in scenes:
         name = names.of(scene.name or "scene", "scene")
         folder = path / name
         (folder / "tiles").mkdir(parents=True)
-        counts: Counter[str] = Counter()
-        updated = ""
-        with FeatureLines(folder / "labels.geojson") as file:
-            for batch, _ in scene.batches:
-                file.write(batch)
-                counts.update(batch.columns["label"])
-                updated = max([updated, *filter(None, batch.columns["updated"])])
-        features += sum(counts.values())
-        outlines = [picture.view.tile.outline_px() for picture in scene.pictures]
-        places = [
-            shapely.transform(outline, picture.view.tile.px_to_lonlat)
-            for outline, picture in zip(outlines, scene.pictures, strict=True)
-        ]
-        sources = []
-        for picture, place in zip(scene.pictures, places, strict=True):
-            stem = Path(picture.name).stem
-            asset = {"image": {"href": picture.address or picture.name, "roles": ["data"]}}
-            item = _item(f"{name}-{stem}", place, made_at, asset, depth=2)
-            item["properties"] |= {"gsd": picture.view.tile.gsd_m} if picture.view.tile.gsd_m else {}
-            _write_json(folder / "tiles" / f"{stem}.json", item)
-            sources.append({"rel": "source", "href": f"./tiles/{stem}.json", "type": "application/geo+json"})
+        counts, updated = _write_stac_labels(scene, folder / "labels.geojson")
+        tiles = [picture.view.tile for picture in scene.pictures]
+        places = np.array([shapely.transform(tile.outline_px(), tile.px_to_lonlat) for tile in tiles], dtype=object)
         hull = shapely.convex_hull(shapely.union_all(places))
-        asset = {
-            "labels": {"href": "./labels.geojson", "type": "application/geo+json", "roles": ["labels", "labels-vector"]}
-        }
-        item = _item(name, hull, updated or made_at, asset, depth=1)
-        item["stac_extensions"] = [_LABEL_EXTENSION]
-        item["links"] += sources
-        item["properties"] |= {
-            "label:properties": ["label"],
-            "label:classes": [{"name": "label", "classes": list(labels)}],
-            "label:description": f"Outlines on {scene.name or 'the scene'}, accepted or drawn in Label Studio",
-            "label:type": "vector",
-            "label:tasks": ["segmentation"],
-            "label:methods": ["manual"],
-            "label:overviews": [
-                {
-                    "property_key": "label",
-                    "counts": [{"name": label, "count": counts[label]} for label in labels if counts[label]],
-                }
-            ],
-        }
+        item = _label_item(scene, name, hull, updated or made_at, labels, counts)
+        item["links"] += _write_stac_tiles(scene, name, places, folder / "tiles", made_at)
         _write_json(folder / f"{name}.json", item)
-        items.append(f"./{name}/{name}.json")
-        around = np.array(hull.bounds)
-        box = around if box is None else np.concatenate((np.minimum(box, around)[:2], np.maximum(box, around)[2:]))
-    collection = {
+        features += counts.total()
+        hrefs.append(f"./{name}/{name}.json")
+        boxes.append(tuple(item["bbox"]))
+    _write_json(path / "collection.json", _stac_collection(hrefs, boxes, made_at))
+    return features
+
+
+def _write_stac_labels(scene: SceneFeatures, path: Path) -> tuple[Counter[str], str]:
+    """Write a scene's features. Returns how many there are of each label, and when the last was changed."""
+    counts: Counter[str] = Counter()
+    updated = ""
+    with FeatureLines(path) as file:
+        for batch, _ in scene.batches:
+            file.write(batch)
+            counts.update(batch.columns["label"])
+            updated = max([updated, *filter(None, batch.columns["updated"])])
+    return counts, updated
+
+
+def _write_stac_tiles(
+    scene: SceneFeatures, name: str, places: NDArray[np.object_], folder: Path, made_at: str
+) -> list[dict[str, str]]:
+    """Write an item for each tile. Returns links to them."""
+    links = []
+    for picture, place in zip(scene.pictures, places, strict=True):
+        stem = Path(picture.name).stem
+        asset = {"image": {"href": picture.address or picture.name, "roles": ["data"]}}
+        item = _item(f"{name}-{stem}", place, made_at, asset, depth=2)
+        item["properties"] |= {"gsd": picture.view.tile.gsd_m} if picture.view.tile.gsd_m else {}
+        _write_json(folder / f"{stem}.json", item)
+        links.append({"rel": "source", "href": f"./tiles/{stem}.json", "type": "application/geo+json"})
+    return links
+
+
+def _label_item(
+    scene: SceneFeatures, name: str, hull: BaseGeometry, when: str, labels: Sequence[str], counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """The item of a scene's labels, as the label extension has it."""
+    href = {"href": "./labels.geojson", "type": "application/geo+json", "roles": ["labels", "labels-vector"]}
+    item = _item(name, hull, when, {"labels": href}, depth=1)
+    item["stac_extensions"] = [_LABEL_EXTENSION]
+    listed = [{"name": label, "count": counts[label]} for label in labels if counts[label]]
+    item["properties"] |= {
+        "label:properties": ["label"],
+        "label:classes": [{"name": "label", "classes": list(labels)}],
+        "label:description": f"Outlines on {scene.name or 'the scene'}, accepted or drawn in Label Studio",
+        "label:type": "vector",
+        "label:tasks": ["segmentation"],
+        "label:methods": ["manual"],
+        "label:overviews": [{"property_key": "label", "counts": listed}],
+    }
+    return item
+
+
+def _stac_collection(hrefs: Sequence[str], boxes: Sequence[tuple[float, ...]], made_at: str) -> dict[str, Any]:
+    """The collection of label items with those boxes."""
+    around = shapely.total_bounds(shapely.box(*np.array(boxes).T)).tolist() if boxes else [-180, -90, 180, 90]
+    return {
         "type": "Collection",
         "stac_version": "1.0.0",
         "stac_extensions": [],
         "id": _COLLECTION,
         "description": "Annotations exported by GeoPrelabel",
         "license": "proprietary",
-        "extent": {
-            "spatial": {"bbox": [[-180, -90, 180, 90] if box is None else box.tolist()]},
-            "temporal": {"interval": [[made_at, None]]},
-        },
+        "extent": {"spatial": {"bbox": [around]}, "temporal": {"interval": [[made_at, None]]}},
         "links": [
             {"rel": "root", "href": "./collection.json", "type": "application/json"},
-            *({"rel": "item", "href": href, "type": "application/geo+json"} for href in items),
+            *({"rel": "item", "href": href, "type": "application/geo+json"} for href in hrefs),
         ],
     }
-    _write_json(path / "collection.json", collection)
-    return features
 
 
 def _item(identity: str, place: BaseGeometry, when: str, assets: Mapping[str, Any], *, depth: int) -> dict[str, Any]:

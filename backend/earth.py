@@ -32,7 +32,7 @@ from pyproj.aoi import AreaOfInterest
 from pyproj.database import get_database_metadata, query_crs_info
 from pyproj.enums import PJType
 from pyproj.transformer import TransformerGroup
-from shapely import MultiPolygon, Polygon, affinity
+from shapely import MultiPolygon, Point, Polygon, affinity
 from shapely.geometry.base import BaseGeometry
 
 from . import vectorize
@@ -335,7 +335,9 @@ def area_m2(geometry: Polygon | MultiPolygon) -> float:
     return round(abs(_GEOD.geometry_area_perimeter(geometry)[0]), 3)
 
 
-def lonlat_geometry(shape_px: BaseGeometry, tile: Tile, area: Area | None = None) -> Polygon | MultiPolygon | None:
+def lonlat_geometry(
+    shape_px: BaseGeometry, tile: Tile, area: Area | None = None
+) -> Polygon | MultiPolygon | Point | None:
     """A shape in pixels of a tile as RFC 7946 wants it: degrees, shells counter-clockwise, cut at the antimeridian.
 
     Edges that would bend are given more points. Coordinates lie on the grid of ``DECIMALS`` decimals, on which the
@@ -348,6 +350,12 @@ def lonlat_geometry(shape_px: BaseGeometry, tile: Tile, area: Area | None = None
         x, y = transformer.transform(points[:, 0], points[:, 1])
         return np.column_stack((x, y))
 
+    off_the_map = f"{tile.scene or 'the scene'}: an outline lies outside the area where its CRS is defined"
+    if isinstance(shape_px, Point):
+        x, y = transformer.transform(*tile.px_to_crs(shapely.get_coordinates(shape_px))[0])
+        if not np.isfinite([x, y]).all():
+            raise ExportError(off_the_map)
+        return Point(round((x + 180) % 360 - 180, DECIMALS), round(y, DECIMALS))
     parts: list[Polygon] = []
     for polygon in vectorize.repair(shape_px):
         # In pixels, where the antimeridian is no matter, it is still plain which way round a ring runs.
@@ -355,7 +363,7 @@ def lonlat_geometry(shape_px: BaseGeometry, tile: Tile, area: Area | None = None
         turned = shapely.geometry.polygon.orient(polygon, -seen_from_above)
         rings = [ring_lonlat(shapely.get_coordinates(ring)) for ring in (turned.exterior, *turned.interiors)]
         if not all(np.isfinite(ring).all() for ring in rings):
-            raise ExportError(f"{tile.scene or 'the scene'}: an outline lies outside the area where its CRS is defined")
+            raise ExportError(off_the_map)
         parts += _cut_at_antimeridian(Polygon(rings[0], rings[1:]))
     # Splitting leaves one object in two parts, and so may the grid.
     grid = shapely.set_precision(shapely.make_valid(MultiPolygon(parts)), 10.0**-DECIMALS)

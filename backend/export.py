@@ -9,16 +9,17 @@ read page by page and laid down in a file (`spool`); then objects are joined and
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -52,7 +53,7 @@ _MAX_CONFLICTS = 200
 _MIN_CONFLICT = 0.5
 """Share of the smaller of two features of different labels that must lie on the other to be called a conflict."""
 
-_BATCH_OUTLINES = 20_000
+_BATCH_OUTLINES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,11 @@ def export(
     made_at = datetime.now(UTC).isoformat(timespec="seconds")
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(_settled())
         shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(4))
         store = _Store(shapes, regions, makings, joined)
         tally = _Tally(sketch=Sketch() if report_path is not None else None)
-        reader = _Reader(options, config, store, tally)
+        reader = _Reader(options, config, store, tally, pointless=_pointless(options.format or out.suffix.lower()))
         for task in tasks:
             reader.read(task)
         scenes = reader.finish()
@@ -157,6 +159,25 @@ def export(
     if report_path is not None:
         write_text(report_path, report_page(report, tally.sketch, image_of=image_of))
     return report
+
+
+def _pointless(kind: str) -> str:
+    """Why a dataset, or a file of that ending, has no points; empty where it has."""
+    named = {".shp": "a Shapefile of outlines", "coco": "COCO", "yolo": "YOLO"}.get(kind)
+    return f"point, for which {named} has no place" if named else ""
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """What is in memory before is not searched for garbage while much comes and goes: a sixth of the time."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(slots=True)
@@ -278,6 +299,7 @@ _OUTLINE = np.dtype(
         ("edited", np.int8),  # -1 where unknown
         ("is_whole", bool),
         ("is_sliver", bool),
+        ("is_point", bool),
     ]
 )
 """What is kept in memory of an outline."""
@@ -314,7 +336,8 @@ class _Store:
         ids = (making.task, making.annotation)
         if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in ids):
             self.ids_are_numbers = False
-        self.makings.append([json.dumps([getattr(making, name) for name in _MAKING], default=str).encode()])
+        values = [getattr(making, name) for name in _MAKING]
+        self.makings.append([json.dumps(values, default=str, ensure_ascii=False).encode(errors="replace")])
         return len(self.makings) - 1
 
     def making(self, number: int) -> Making:
@@ -324,26 +347,24 @@ class _Store:
 _MAKING = tuple(Making.__dataclass_fields__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Outline:
+class _Outline(NamedTuple):
     """A region, or the parts of an object, under way to the store."""
 
-    points_pct: list[Any] | None
-    """Of a single polygon that has not been looked at; None where ``shape`` is known."""
-
-    shape: BaseGeometry | None
-    """In pixels of the tile."""
-
+    source: _Source
     label: str
     score: float | None
     regions: tuple[str, ...]
     edited: bool | None
     version: str | None
-    scene: _Scene
-    view: int
-    annotation: int
-    result: Mapping[str, Any] | None
-    source: _Source
+
+    points_pct: list[Any] | None = None
+    """Of a single polygon that has not been looked at; None where ``shape`` is known."""
+
+    result: Mapping[str, Any] | None = None
+    """What the points were read from."""
+
+    shape: BaseGeometry | None = None
+    """In pixels of the tile."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -367,7 +388,11 @@ class _Source:
 class _Reader:
     """Tasks → outlines in the frame of their scene, in the store."""
 
-    def __init__(self, options: ExportOptions, config: LabelConfig | None, store: _Store, tally: _Tally) -> None:
+    def __init__(
+        self, options: ExportOptions, config: LabelConfig | None, store: _Store, tally: _Tally, *, pointless: str
+    ) -> None:
+        """``pointless`` says why the file has no points; empty where it has."""
+        self._pointless = pointless
         self._options = options
         self._config = config
         self._store = store
@@ -396,7 +421,7 @@ class _Reader:
         makings = [self._store.add_making(drawn.making_of(annotation, task)) for annotation in chosen]
         for to_name, tile in tiles:
             key = (tile.scene, str(tile.crs))
-            scene = self._scenes.setdefault(key, _Scene(tile, tile.scene))
+            scene = self._scenes.setdefault(key, _Scene(tile, tile.scene.encode(errors="replace").decode()))
             view = scene.view(tile, addresses[to_name], task.get("id"))
             for annotation, making in zip(chosen, makings, strict=True):
                 predicted = Predicted.on(task, annotation)
@@ -413,14 +438,11 @@ class _Reader:
 
     @staticmethod
     def _plain(outlines: Iterable[drawn.Outline], source: _Source) -> Iterator[_Outline]:
-        predicted, versions_of = source.predicted, source.predicted.versions
+        was_edited, version_of = source.predicted.was_edited, source.predicted.versions.get
         for points, label, score, result in outlines:
             identity = result["id"]
-            edited = predicted.was_edited(result)
-            version = versions_of.get(identity)
             yield _Outline(
-                points, None, label, score, (identity,), edited, version,
-                source.scene, source.view, source.making, result, source,
+                source, label, score, (identity,), was_edited(result), version_of(identity), points, result
             )  # fmt: skip
 
     def _careful(self, source: _Source, annotation: Mapping[str, Any]) -> list[_Outline]:
@@ -436,7 +458,11 @@ class _Reader:
         if options.on_invalid == "drop" and mended:
             tally.dropped["invalid outline"] += len(mended)
             regions = [region for region in regions if region.id not in mended]
-        tally.regions += len(regions)
+        points = read.points
+        if points and self._pointless:
+            tally.dropped[self._pointless] += len(points)
+            points = ()
+        tally.regions += len(regions) + len(points)
         results = {
             result["id"]: result
             for result in annotation.get("result") or []
@@ -449,20 +475,22 @@ class _Reader:
             edits = [source.predicted.was_edited(results[one]) for one in ids if one in results]
             outlines.append(
                 _Outline(
-                    points_pct=None,
-                    shape=shapely.union_all([part.polygon for part in parts]),
+                    source,
                     label=parts[0].label,
                     score=sum(scores) / len(scores) if scores else None,
                     regions=ids,
                     edited=_any_edit(edits),
                     version=next((v for v in map(source.predicted.versions.get, ids) if v is not None), None),
-                    scene=source.scene,
-                    view=source.view,
-                    annotation=source.making,
-                    result=None,
-                    source=source,
+                    shape=shapely.union_all([part.polygon for part in parts]),
                 )
             )
+        for point in points:
+            edited = source.predicted.was_edited(results[point.id]) if point.id in results else None
+            version = source.predicted.versions.get(point.id)
+            # An outline may have the same region id.
+            regions_of = (f"{point.id}/point",)
+            place = shapely.Point(point.point_xy)
+            outlines.append(_Outline(source, point.label, point.score, regions_of, edited, version, shape=place))
         return outlines
 
     def _count(self, dropped: Mapping[str, int], source: _Source, annotation: Mapping[str, Any]) -> set[str]:
@@ -523,15 +551,15 @@ class _Reader:
             return
         by_scene: dict[int, list[int]] = {}
         for position, outline in enumerate(outlines):
-            by_scene.setdefault(id(outline.scene), []).append(position)
+            by_scene.setdefault(id(outline.source.scene), []).append(position)
         in_px = np.array(shapes, dtype=object)
         for positions in by_scene.values():
             self._lay_down([outlines[i] for i in positions], in_px[positions])
 
     def _lay_down(self, outlines: list[_Outline], shapes_px: NDArray[np.object_]) -> None:
         """Outlines of one scene."""
-        scene, store = outlines[0].scene, self._store
-        view = np.array([outline.view for outline in outlines])
+        scene, store = outlines[0].source.scene, self._store
+        view = np.array([outline.source.view for outline in outlines])
         used, which = np.unique(view, return_inverse=True)
         views = [scene.views[number] for number in used.tolist()]
         matrix, offset = np.array([view.matrix for view in views]), np.array([view.offset for view in views])
@@ -548,11 +576,12 @@ class _Reader:
         rows["score"] = [np.nan if outline.score is None else outline.score for outline in outlines]
         rows["label"] = [store.number_of(outline.label) for outline in outlines]
         rows["version"] = [-1 if o.version is None else store.number_of(o.version) for o in outlines]
-        rows["annotation"] = [outline.annotation for outline in outlines]
+        rows["annotation"] = [outline.source.making for outline in outlines]
         rows["task"] = [outline.source.task_number for outline in outlines]
         rows["view"] = view
         rows["edited"] = [-1 if outline.edited is None else outline.edited for outline in outlines]
         rows["is_whole"], rows["is_sliver"] = seen(scene.views, view, shapes)
+        rows["is_point"] = shapely.get_type_id(shapes) == shapely.GeometryType.POINT
         scene.outlines.append(rows)
         store.shapes.append(shapely.to_wkb(shapes))
         store.regions.append(_joined_texts(outline.regions) for outline in outlines)
@@ -578,7 +607,9 @@ def _polygons_px(outlines: Sequence[_Outline]) -> list[BaseGeometry | None]:
         middle = len(outlines) // 2
         return _polygons_px(outlines[:middle]) + _polygons_px(outlines[middle:])
     owner = np.repeat(np.arange(len(rings)), lengths)
-    sizes = np.array([outlines[i].source.tile.size for i in plain], np.float64)
+    sources: dict[_Source, int] = {}
+    by = [sources.setdefault(outlines[i].source, len(sources)) for i in plain]
+    px_per_pct = np.array([source.tile.size for source in sources], np.float64) / 100.0
     is_odd = np.zeros(len(rings), bool)
     is_odd[owner[~((points >= 0) & (points <= 100)).all(axis=1)]] = True
     # Label Studio's rings are open; a point twice in a row is for `vectorize.unbridge` to judge.
@@ -586,7 +617,7 @@ def _polygons_px(outlines: Sequence[_Outline]) -> list[BaseGeometry | None]:
     starts = np.cumsum(lengths) - lengths
     is_odd |= (points[starts] == points[starts + lengths - 1]).all(axis=1)
     polygons: Any = shapely.polygons(
-        shapely.linearrings(np.where(np.isfinite(points), points, 0.0) * (sizes / 100.0)[owner], indices=owner)
+        shapely.linearrings(np.where(np.isfinite(points), points, 0.0) * px_per_pct[by][owner], indices=owner)
     )
     is_odd |= ~shapely.is_valid(polygons)
     for position, polygon, odd in zip(plain, polygons, is_odd.tolist(), strict=True):
@@ -600,6 +631,13 @@ def _why_chosen(annotation: Mapping[str, Any], options: ExportOptions) -> str:
         return "every annotation that was submitted"
     is_truth = annotation.get("ground_truth") and options.annotations_from == "ground_truth"
     return "the newest ground truth" if is_truth else "the newest annotation"
+
+
+def _mean(values: Sequence[float | None], areas_px: Sequence[float]) -> float | None:
+    """The mean, by area, of those that are known; None where none is. Points count the same."""
+    known = [(value, area or 1.0) for value, area in zip(values, areas_px, strict=True) if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if known else None
 
 
 def _any_edit(edits: Sequence[bool | None]) -> bool | None:
@@ -629,7 +667,14 @@ def _write(
     by_scene = (_features_of(scene, store, texts, options, tally, remarks, edits) for scene in scenes)
     if not options.format:
         batches = (batch for features in by_scene for batch, _ in features)
-        return write(batches, out, ids_are_numbers=store.ids_are_numbers, lineage=lineage, remarks=remarks)
+        return write(
+            batches,
+            out,
+            ids_are_numbers=store.ids_are_numbers,
+            has_points=any(rows["is_point"].any() for scene in scenes for rows in scene.outlines),
+            lineage=lineage,
+            remarks=remarks,
+        )
     names = FileNames()
     labels = _all_labels(scenes, texts, config, edits.read)
     listed = (
@@ -674,10 +719,13 @@ def _features_of(
             continue
         yield batch, shapes_px
         if tally.sketch is not None:
-            tally.sketch.add_features(list(batch.geometry), batch.columns["label"])
+            numbers = np.flatnonzero(_is_area(batch.geometry)).tolist()
+            tally.sketch.add_features(
+                [batch.geometry[i] for i in numbers], [batch.columns["label"][i] for i in numbers]
+            )
         tally.labels.update(batch.columns["label"])
         for label, area_m2 in zip(batch.columns["label"], batch.columns["area_m2"], strict=True):
-            tally.label_area_m2[label] += area_m2
+            tally.label_area_m2[label] += area_m2 or 0.0
     features.find_conflicts(tally, remarks)
 
 
@@ -694,7 +742,8 @@ def _whole_objects(
             numbers = np.arange(start, min(start + 4096, len(rows)))
             yield [WholeObject(shape, (i,)) for i, shape in zip(numbers.tolist(), fetch(numbers), strict=True)]
         return
-    kind = rows["label"].astype(np.int64)
+    # Points and outlines of one label are not joined.
+    kind = rows["label"].astype(np.int64) * 2 + rows["is_point"]
     if options.annotations_from == "all":
         # Two people's outlines of one thing are two features; each one's own are joined.
         annotators: dict[int | None, int] = {None: 0}
@@ -760,7 +809,8 @@ class _Features:
             kept = self._edits.apply(self._scene, columns, geometry, shapes)
             columns = {name: [values[i] for i in kept] for name, values in columns.items() if name != "area_m2"}
             geometry, shapes = geometry[kept], shapes[kept]
-        columns["area_m2"] = areas_m2(geometry).tolist() if len(geometry) else []
+        areas = zip(areas_m2(geometry).tolist(), _is_area(geometry).tolist(), strict=True) if len(geometry) else ()
+        columns["area_m2"] = [area if is_area else None for area, is_area in areas]
         self._keep(shapes, columns)
         return Batch(geometry, columns), shapes
 
@@ -784,51 +834,44 @@ class _Features:
 
     def _columns(self, objects: Sequence[WholeObject]) -> dict[str, list[Any]]:
         """All attributes but the area, in the order of ``formats.FIELDS``."""
-        scene, store = self._scene, self._store
-        counts = [len(item.pieces) for item in objects]
-        rows = self._rows[np.fromiter(chain.from_iterable(item.pieces for item in objects), np.int64, sum(counts))]
-        region_lists = [text.decode(errors="replace").split("\0") for text in store.regions.read(rows["number"])]
+        scene, store, texts = self._scene, self._store, self._texts
+        counts = np.array([len(item.pieces) for item in objects], np.int64)
+        rows = self._rows[np.fromiter(chain.from_iterable(item.pieces for item in objects), np.int64, counts.sum())]
+        ends = np.cumsum(counts)
+        firsts = ends - counts
         used, which = np.unique(rows["annotation"], return_inverse=True)
         makings = [Making(*values) for values in _json_lists(store.makings.read(used.astype(np.int64)))]
-        # Most features were made of one annotation.
+        listed = [text.decode(errors="replace").split("\0") for text in store.regions.read(rows["number"])]
+        regions = [
+            [f"{makings[number].task}/{region}" for region in some]
+            for number, some in zip(which.tolist(), listed, strict=True)
+        ]
+        spans = [slice(*span) for span in zip(firsts.tolist(), ends.tolist(), strict=True)]
+        scores = [score if score == score else None for score in rows["score"].tolist()]
+        versions_of = [texts[number] if number >= 0 else None for number in rows["version"].tolist()]
+        edits = [None if edited < 0 else edited > 0 for edited in rows["edited"].tolist()]
+        areas_px, by = rows["area_px"].tolist(), which.tolist()
+        # Most features are made of one outline, and for the others that is where to start.
         alone = [self._made([making]) for making in makings]
-        labels, versions_of = rows["label"].tolist(), rows["version"].tolist()
-        scores, areas, edited = rows["score"].tolist(), rows["area_px"].tolist(), rows["edited"].tolist()
-        at = which.tolist()
+        made = [alone[number] for number in which[firsts].tolist()]
         columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
-        add = {name: values.append for name, values in columns.items()}
-        start = 0
-        for count in counts:
-            first, stop = start, start + count
-            start = stop
-            numbers = at[first:stop]
-            label = self._texts[labels[first]]
-            regions = [
-                f"{makings[number].task}/{region}"
-                for number, listed in zip(numbers, region_lists[first:stop], strict=True)
-                for region in listed
-            ]
-            add["id"](_stable_id(scene.name, label, regions))
-            add["label"](label)
-            add["scene"](scene.name)
-            if count == 1:
-                score, version, edit = scores[first], versions_of[first], edited[first]
-                add["score"](score if score == score else None)
-                add["model_version"](self._texts[version] if version >= 0 else None)
-                add["edited"](None if edit < 0 else edit > 0)
-                made = alone[numbers[0]]
-            else:
-                pairs = zip(scores[first:stop], areas[first:stop], strict=True)
-                scored = [(score, area_px) for score, area_px in pairs if score == score]
-                weight = sum(area_px for _, area_px in scored)
-                add["score"](sum(score * area_px for score, area_px in scored) / weight if scored else None)
-                versions_here = {self._texts[number] for number in versions_of[first:stop] if number >= 0}
-                add["model_version"](", ".join(sorted(versions_here)) or None)
-                add["edited"](_any_edit([None if edit < 0 else edit > 0 for edit in edited[first:stop]]))
-                made = self._made([makings[number] for number in dict.fromkeys(numbers)])
-            for name, value in made.items():
-                add[name](value)
-        return columns
+        columns["label"] = [texts[number] for number in rows["label"][firsts].tolist()]
+        columns["id"] = [
+            _stable_id(scene.name, label, list(chain.from_iterable(regions[span])))
+            for label, span in zip(columns["label"], spans, strict=True)
+        ]
+        columns["scene"] = [scene.name] * len(objects)
+        columns["score"], columns["model_version"], columns["edited"] = (
+            [values[span.start] for span in spans] for values in (scores, versions_of, edits)
+        )
+        for at in np.flatnonzero(counts > 1).tolist():
+            span = spans[at]
+            columns["score"][at] = _mean(scores[span], areas_px[span])
+            columns["model_version"][at] = ", ".join(sorted(set(filter(None, versions_of[span])))) or None
+            columns["edited"][at] = _any_edit(edits[span])
+            if len(numbers := dict.fromkeys(by[span])) > 1:
+                made[at] = self._made([makings[number] for number in numbers])
+        return columns | {name: [one[name] for one in made] for name in self._made([])}
 
     def _made(self, makings: Sequence[Making]) -> dict[str, Any]:
         """What several annotations together say of a feature."""
@@ -850,11 +893,14 @@ class _Features:
         """Remember what was written, since it may conflict with what comes."""
         if not self._watches or not len(shapes):
             return
+        numbers = np.flatnonzero(_is_area(shapes))
+        ids, tasks, labels = ([columns[name][i] for i in numbers.tolist()] for name in ("id", "tasks", "label"))
+        shapes = shapes[numbers]
         kept = np.zeros(len(shapes), np.dtype([("box", np.float64, 4), ("label", np.int32)]))
         kept["box"] = shapely.bounds(shapes)
-        kept["label"] = [self._labels.setdefault(label, len(self._labels)) for label in columns["label"]]
+        kept["label"] = [self._labels.setdefault(label, len(self._labels)) for label in labels]
         self._written.append(kept)
-        about = zip(columns["id"], columns["tasks"], columns["label"], shapely.to_wkb(shapes), strict=True)
+        about = zip(ids, tasks, labels, shapely.to_wkb(shapes), strict=True)
         self._store.joined.append(json.dumps(listed).encode() + b"\0" + wkb for *listed, wkb in about)
 
     def find_conflicts(self, tally: _Tally, remarks: list[Remark]) -> None:
@@ -948,6 +994,10 @@ class _Edits:
             tally.dropped["desktop edit that cannot be read"] += 1
             if len(tally.findings) < _MAX_FINDINGS:
                 tally.findings.append(reason)
+
+
+def _is_area(shapes: NDArray[np.object_]) -> NDArray[np.bool_]:
+    return np.asarray(shapely.get_type_id(shapes) != shapely.GeometryType.POINT)
 
 
 def _remark(place: _Place) -> Remark:

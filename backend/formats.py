@@ -7,19 +7,21 @@ grow with the file. What each format cannot hold is said in ``docs/export.md``.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
+import msgspec
 import numpy as np
 import shapely
 from numpy.typing import NDArray
@@ -52,11 +54,17 @@ FIELDS: Mapping[str, str] = {
 """Attributes of a feature, in their order, and what they hold. All but the first two may be missing."""
 
 FINDINGS_LAYER = "validation_findings"
+POINTS_SUFFIX = "_points"
+"""In a GeoPackage: what the layer of points is named after that of outlines."""
+
 EXPORTED_TABLE = "geoprelabel_exported"
 """In a GeoPackage: what was written, so that changes made in a desktop GIS can be told."""
 
 _SHAPEFILE_NAMES = {"annotations": "annots", "model_version": "model_vers", "lead_time_s": "lead_s"}
 _SHAPEFILE_CHARS = 254
+_FOLDER_PREFIX = ".export-"
+_OLD = ".old"
+_TYPES = {0: "Point", 3: "Polygon", 6: "MultiPolygon"}
 _PALETTE = ("#e4572e", "#17bebb", "#ffc914", "#76b041", "#8e6cc3", "#2e86ab", "#d81159", "#9c6644", "#5f6b6d")
 
 
@@ -65,13 +73,18 @@ class Batch:
     """Some features."""
 
     geometry: NDArray[np.object_]
-    """Polygons and multipolygons in EPSG:4326 as RFC 7946 wants them, (N,)."""
+    """Points, polygons and multipolygons in EPSG:4326 as RFC 7946 wants them, (N,)."""
 
     columns: Mapping[str, Sequence[Any]]
     """The attributes that ``FIELDS`` names, each of N values."""
 
     def __len__(self) -> int:
         return len(self.geometry)
+
+    def only(self, wanted: NDArray[np.bool_]) -> Batch:
+        """Those features that are wanted, (N,)."""
+        numbers = np.flatnonzero(wanted).tolist()
+        return Batch(self.geometry[wanted], {name: [col[i] for i in numbers] for name, col in self.columns.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,21 +109,61 @@ def check_ending(out: Path) -> None:
 def whole_or_not_at_all(out: Path) -> Iterator[Path]:
     """A path in a folder of its own; the files (or folders) written there move to ``out``'s side at the end.
 
-    Nothing appears there before, whatever happens.
+    Nothing appears there before, whatever happens. What a run left behind that was killed is cleared away.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
+    for leftover in out.parent.glob(_FOLDER_PREFIX + "*"):
+        _clear(leftover)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=".new"))
+    with _locked(made):
+        # From here on another run may look at it, and finds it locked.
+        folder = made.rename(out.parent / (_FOLDER_PREFIX + made.name.removeprefix(".new")))
+        try:
+            yield folder / out.name
+            _move_out(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_out(folder: Path, out: Path) -> None:
+    """Bring what a folder holds to the side of ``out``."""
+    # Several files make a Shapefile; the one that is asked for comes last.
+    for part in sorted(folder.iterdir(), key=lambda part: part.name == out.name):
+        final = out.parent / part.name
+        if final.is_dir() and part.is_dir():
+            # A folder cannot be replaced in one step; the old one steps aside.
+            os.replace(final, folder / (part.name + _OLD))
+        os.replace(part, final)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a lock on the folder, which ends with this process however that ends; whether it could be had."""
+    handle = -1
     try:
-        yield folder / out.name
-        # Several files make a Shapefile; the one that is asked for comes last.
-        for part in sorted(folder.iterdir(), key=lambda part: part.name == out.name):
-            final = out.parent / part.name
-            if final.is_dir() and part.is_dir():
-                # A folder cannot be replaced in one step; the old one steps aside.
-                os.replace(final, folder / (part.name + ".old"))
-            os.replace(part, final)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_mine = True
+    except OSError:
+        # Somebody has it, or it is gone or no folder, or this file system knows no locks.
+        is_mine = False
+    try:
+        yield is_mine
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _clear(leftover: Path) -> None:
+    """Remove the folder of a run that was killed; one whose run goes on, or that is no folder, stays."""
+    with _locked(leftover) as is_mine:
+        if is_mine:
+            for old in leftover.glob("*" + _OLD):
+                # Killed between its two steps: what was there before comes back.
+                final = leftover.parent / old.name.removesuffix(_OLD)
+                if not final.exists():
+                    os.replace(old, final)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write(
@@ -118,12 +171,14 @@ def write(
     out: Path,
     *,
     ids_are_numbers: bool = True,
+    has_points: bool = False,
     lineage: Mapping[str, Any] | None = None,
     remarks: Sequence[Remark] = (),
 ) -> int:
     """Write features as the ending of ``out`` says, whole or not at all. Returns how many there are.
 
-    ``ids_are_numbers`` says whether all tasks and annotations have whole numbers as ids. ``lineage`` goes into the
+    ``ids_are_numbers`` says whether all tasks and annotations have whole numbers as ids, ``has_points`` whether there
+    are points among the features, which a Shapefile cannot hold. ``lineage`` goes into the
     file where the format has a place for it, else into a file beside it. ``remarks`` become a layer of a GeoPackage;
     they are looked at after the last batch.
     """
@@ -141,9 +196,9 @@ def write(
             case ".parquet":
                 _write_parquet(counted, path, ids_are_numbers, lineage)
             case ending:
-                _write_gdal(counted, path, ids_are_numbers, lineage)
+                _write_gdal(counted, path, ids_are_numbers, lineage, has_points=has_points)
                 if ending == ".gpkg":
-                    _finish_geopackage(path, counted.labels, remarks)
+                    _finish_geopackage(path, counted.labels, remarks, has_points=has_points)
         if lineage and out.suffix.lower() in (".geojsonl", ".ndjson", ".fgb", ".shp"):
             path.with_name(path.name + ".lineage.json").write_text(json.dumps(lineage, indent=2), encoding="utf-8")
     return counted.features
@@ -172,12 +227,12 @@ class FeatureLines:
     """A GeoJSON file that takes features batch by batch."""
 
     def __init__(self, path: Path, *, lineage: Mapping[str, Any] | None = None) -> None:
-        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self._file = path.open("wb")
         self._lineage = lineage
         self._box: NDArray[np.float64] | None = None
 
     def __enter__(self) -> FeatureLines:
-        self._file.write('{"type":"FeatureCollection",\n"features":[')
+        self._file.write(b'{"type":"FeatureCollection",\n"features":[')
         return self
 
     def write(self, batch: Batch) -> None:
@@ -185,44 +240,37 @@ class FeatureLines:
         if not len(batch):
             return
         boxes = _boxes(batch.geometry)
-        self._file.write("\n" if self._box is None else ",\n")
-        self._file.write(",\n".join(_features(batch, boxes)))
+        self._file.write(b"\n" if self._box is None else b",\n")
+        self._file.write(b",\n".join(_features(batch, boxes)))
         self._box = _around(boxes if self._box is None else np.vstack((self._box, boxes)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._file.write("\n]")
+            self._file.write(b"\n]")
             if self._box is not None:
-                self._file.write(f',\n"bbox":{json.dumps(self._box.tolist())}')
+                self._file.write(b',\n"bbox":' + msgspec.json.encode(self._box.tolist()))
             if self._lineage:
                 # RFC 7946, section 6.1, lets a file have members of its own.
-                self._file.write(f',\n"lineage":{json.dumps(self._lineage)}')
-            self._file.write("}\n")
+                self._file.write(b',\n"lineage":' + msgspec.json.encode(self._lineage))
+            self._file.write(b"}\n")
         self._file.close()
 
 
 def _write_lines(batches: Iterable[Batch], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open("wb") as file:
         for batch in batches:
-            for text in _features(batch, _boxes(batch.geometry)):
-                file.write(text + "\n")
+            file.writelines(text + b"\n" for text in _features(batch, _boxes(batch.geometry)))
 
 
-def _features(batch: Batch, boxes: NDArray[np.float64]) -> Iterator[str]:
+def _features(batch: Batch, boxes: NDArray[np.float64]) -> Iterator[bytes]:
     """Each feature as GeoJSON text. GEOS writes the shortest numbers that read back as the same: no more decimals."""
-    names = list(FIELDS)
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*(batch.columns[name] for name in names), strict=True)]
-    # Encoded in one go, which is much faster than one by one. Within a text a quotation mark has a backslash before it,
-    # so that this seam occurs between rows only.
-    seam = '},{"id":'
-    texts = json.dumps(rows, ensure_ascii=False, allow_nan=False, separators=(",", ":"))[1:-1].split(seam)
-    opened = ["", *[seam[2:]] * (len(texts) - 1)]
-    closed = [*["}"] * (len(texts) - 1), ""]
-    geometry = shapely.to_geojson(batch.geometry)
-    for shape, box, start, text, end in zip(geometry, boxes.tolist(), opened, texts, closed, strict=True):
-        yield f'{{"type":"Feature","bbox":{box},"properties":{start}{text}{end},"geometry":{shape}}}'
+    encode = msgspec.json.Encoder().encode
+    rows = zip(*(batch.columns[name] for name in FIELDS), strict=True)
+    for row, shape, box in zip(rows, shapely.to_geojson(batch.geometry), boxes.tolist(), strict=True):
+        properties, geometry = dict(zip(FIELDS, row, strict=True)), msgspec.Raw(shape)
+        yield encode({"type": "Feature", "bbox": box, "properties": properties, "geometry": geometry})
 
 
 def _boxes(geometry: NDArray[np.object_]) -> NDArray[np.float64]:
@@ -285,9 +333,7 @@ def _write_parquet(batches: Iterable[Batch], path: Path, ids_are_numbers: bool, 
             writer.write_table(pa.table(columns, schema=schema))
             around = np.concatenate((boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)))
             box = around if box is None else np.concatenate((np.minimum(box, around)[:2], np.maximum(box, around)[2:]))
-            types.update(
-                "MultiPolygon" if kind == 6 else "Polygon" for kind in np.unique(shapely.get_type_id(batch.geometry))
-            )
+            types.update(_TYPES[kind] for kind in np.unique(shapely.get_type_id(batch.geometry)).tolist())
         geometry = {
             "encoding": "WKB",
             "geometry_types": sorted(types),
@@ -302,46 +348,94 @@ def _write_parquet(batches: Iterable[Batch], path: Path, ids_are_numbers: bool, 
             writer.add_key_value_metadata({"geoprelabel:lineage": json.dumps(lineage)})
 
 
-def _write_gdal(batches: Iterable[Batch], path: Path, ids_are_numbers: bool, lineage: Mapping[str, Any]) -> None:
-    """GeoPackage, FlatGeobuf and Shapefile: multipolygons throughout, lists as JSON text."""
-    import pyarrow as pa
-    import pyogrio
+def _write_gdal(
+    batches: Iterable[Batch], path: Path, ids_are_numbers: bool, lineage: Mapping[str, Any], *, has_points: bool
+) -> None:
+    """GeoPackage, FlatGeobuf and Shapefile: multipolygons throughout, lists as JSON text.
 
-    is_shapefile = path.suffix.lower() == ".shp"
+    Points are in a layer of their own in a GeoPackage, and among the others in a FlatGeobuf.
+    """
+    import pyarrow as pa
+
+    ending = path.suffix.lower()
+    schema = _gdal_schema(ids_are_numbers, is_shapefile=ending == ".shp")
+    if ending == ".gpkg":
+        metadata = {"lineage": json.dumps(lineage)} if lineage else None
+        aside = path.with_name("points.arrow")
+        with pa.ipc.new_stream(aside, schema) as points:
+            areas = _areas_with(batches, schema, lambda batch: points.write_batch(_record(batch, schema)))
+            _write_layer(areas, schema, path, path.stem, "MultiPolygon", metadata)
+        if has_points:
+            with pa.ipc.open_stream(aside) as stream:
+                _write_layer(stream, schema, path, path.stem + POINTS_SUFFIX, "Point", metadata)
+        aside.unlink()
+    else:
+        kind = "Unknown" if has_points and ending == ".fgb" else "MultiPolygon"
+        _write_layer((_record(batch, schema) for batch in batches), schema, path, path.stem, kind)
+
+
+def _areas_with(
+    batches: Iterable[Batch], schema: pyarrow.Schema, take_points: Callable[[Batch], None]
+) -> Iterator[pyarrow.RecordBatch]:
+    """The batches without their points, which are handed on."""
+    for batch in batches:
+        is_point = shapely.get_type_id(batch.geometry) == shapely.GeometryType.POINT
+        if is_point.any():
+            take_points(batch.only(is_point))
+            batch = batch.only(~is_point)
+        yield _record(batch, schema)
+
+
+def _gdal_schema(ids_are_numbers: bool, *, is_shapefile: bool) -> pyarrow.Schema:
+    import pyarrow as pa
+
     fields = []
     for field in _schema(ids_are_numbers):
         kind = pa.string() if pa.types.is_list(field.type) else field.type
         if is_shapefile and pa.types.is_boolean(kind):
             kind = pa.int16()
         fields.append(pa.field(_SHAPEFILE_NAMES.get(field.name, field.name) if is_shapefile else field.name, kind))
-    schema = pa.schema([*fields, pa.field("geom", pa.binary(), metadata={"ARROW:extension:name": "geoarrow.wkb"})])
+    geometry = pa.field("geom", pa.binary(), metadata={"ARROW:extension:name": "geoarrow.wkb"})
+    return pa.schema([*fields, geometry])
 
-    def value(name: str, listed: Sequence[Any]) -> Sequence[Any]:
-        texts: list[Any] = list(listed)
+
+def _record(batch: Batch, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """A batch as GDAL takes it."""
+    import pyarrow as pa
+
+    # A Shapefile has no flags, and texts of few bytes.
+    is_shapefile = pa.types.is_integer(schema.field(list(FIELDS).index("edited")).type)
+    arrays = []
+    for name, field in zip(FIELDS, schema, strict=False):
+        values: Sequence[Any] = batch.columns[name]
         if FIELDS[name] == "ids":
-            texts = [json.dumps(item, separators=(",", ":")) for item in listed]
+            values = [json.dumps(item, separators=(",", ":")) for item in values]
         if is_shapefile and FIELDS[name] == "flag":
-            return [None if item is None else int(item) for item in listed]
+            values = [None if item is None else int(item) for item in values]
         if is_shapefile and FIELDS[name] in ("ids", "text"):
-            return [None if text is None else _cut(text, _SHAPEFILE_CHARS) for text in texts]
-        return texts
+            values = [None if text is None else _cut(text, _SHAPEFILE_CHARS) for text in values]
+        arrays.append(pa.array(values, type=field.type))
+    arrays.append(pa.array(shapely.to_wkb(_multi(batch.geometry), byte_order=1), type=pa.binary()))
+    return pa.record_batch(arrays, schema=schema)
 
-    def records() -> Iterator[pyarrow.RecordBatch]:
-        for batch in batches:
-            arrays = [
-                pa.array(value(name, batch.columns[name]), type=field.type)
-                for name, field in zip(FIELDS, fields, strict=True)
-            ]
-            arrays.append(pa.array(shapely.to_wkb(_multi(batch.geometry), byte_order=1), type=pa.binary()))
-            yield pa.record_batch(arrays, schema=schema)
 
-    metadata = {"lineage": json.dumps(lineage)} if lineage and path.suffix.lower() == ".gpkg" else None
+def _write_layer(
+    records: Iterable[pyarrow.RecordBatch],
+    schema: pyarrow.Schema,
+    path: Path,
+    layer: str,
+    kind: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    import pyarrow as pa
+    import pyogrio
+
     # GDAL meets an exception of ours in the middle of a stream with one of its own; ours tells more.
     failure: list[BaseException] = []
 
     def watched() -> Iterator[pyarrow.RecordBatch]:
         try:
-            yield from records()
+            yield from records
         except BaseException as error:
             failure.append(error)
             raise
@@ -350,12 +444,12 @@ def _write_gdal(batches: Iterable[Batch], path: Path, ids_are_numbers: bool, lin
         pyogrio.write_arrow(
             pa.RecordBatchReader.from_batches(schema, watched()),
             path,
-            layer=path.stem,
+            layer=layer,
             driver={".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".shp": "ESRI Shapefile"}[path.suffix.lower()],
             geometry_name="geom",
-            geometry_type="MultiPolygon",
+            geometry_type=kind,
             crs="EPSG:4326",
-            encoding="UTF-8" if is_shapefile else None,
+            encoding="UTF-8" if path.suffix.lower() == ".shp" else None,
             layer_metadata=metadata,
         )
     except Exception:
@@ -365,9 +459,13 @@ def _write_gdal(batches: Iterable[Batch], path: Path, ids_are_numbers: bool, lin
 
 
 def _multi(geometry: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Every shape as a multipolygon."""
-    parts, owner = shapely.get_parts(geometry, return_index=True)
-    return np.asarray(shapely.multipolygons(parts, indices=owner))
+    """Every polygon as a multipolygon, points as they are."""
+    is_area = shapely.get_type_id(geometry) != shapely.GeometryType.POINT
+    shapes = geometry.copy()
+    if is_area.any():
+        parts, owner = shapely.get_parts(geometry[is_area], return_index=True)
+        shapes[is_area] = shapely.multipolygons(parts, indices=owner)
+    return shapes
 
 
 def _cut(text: str, size: int) -> str:
@@ -378,7 +476,7 @@ def _cut(text: str, size: int) -> str:
 # GeoPackage -----------------------------------------------------------------------------------------------------------
 
 
-def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Remark]) -> None:
+def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Remark], *, has_points: bool) -> None:
     """Add what a desktop check starts from: a style by label, the places to look at, and what was written."""
     import geopandas
     import pyogrio
@@ -406,6 +504,18 @@ def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Rema
             [
                 (path.stem, "by label", _style(labels), "GeoPrelabel: one colour a label"),
                 (FINDINGS_LAYER, "findings", _findings_style(), "GeoPrelabel: places to look at"),
+                *(
+                    [
+                        (
+                            path.stem + POINTS_SUFFIX,
+                            "by label",
+                            _style(labels, "marker"),
+                            "GeoPrelabel: one colour a label",
+                        )
+                    ]
+                    if has_points
+                    else []
+                ),
             ],
         )
         database.execute(f"CREATE TABLE {EXPORTED_TABLE} (id TEXT PRIMARY KEY NOT NULL, label TEXT, digest TEXT)")
@@ -444,13 +554,13 @@ def geometry_digest(blob: bytes | None) -> str:
     return hashlib.sha256(blob or b"").hexdigest()[:32]
 
 
-def _style(labels: Iterable[str]) -> str:
+def _style(labels: Iterable[str], kind: str = "fill") -> str:
     """A QGIS style (QML) that gives each label a colour."""
     categories, symbols = "", ""
     for number, label in enumerate(sorted(labels)):
         value, shown = quoteattr(label), quoteattr(label or "no label")
         categories += f'<category render="true" symbol="{number}" type="string" value={value} label={shown}/>'
-        symbols += _symbol(number, "fill", "SimpleFill", _PALETTE[number % len(_PALETTE)])
+        symbols += _symbol(number, kind, _PALETTE[number % len(_PALETTE)])
     return _qml(
         '<renderer-v2 type="categorizedSymbol" attr="label" symbollevels="0" forceraster="0" enableorderby="0">'
         f"<categories>{categories}</categories><symbols>{symbols}</symbols></renderer-v2>"
@@ -459,14 +569,15 @@ def _style(labels: Iterable[str]) -> str:
 
 def _findings_style() -> str:
     # Points and polygons in one layer: a marker at the middle of either.
-    symbol = _symbol(0, "marker", "SimpleMarker", _PALETTE[0])
+    symbol = _symbol(0, "marker", _PALETTE[0])
     return _qml(
         '<renderer-v2 type="singleSymbol" symbollevels="0" forceraster="0" enableorderby="0">'
         f"<symbols>{symbol}</symbols></renderer-v2>"
     )
 
 
-def _symbol(number: int, kind: str, layer: str, colour: str) -> str:
+def _symbol(number: int, kind: str, colour: str) -> str:
+    layer = {"fill": "SimpleFill", "marker": "SimpleMarker"}[kind]
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     fill = f"{red},{green},{blue},{70 if kind == 'fill' else 255}"
     options = {"color": fill, "outline_color": f"{red},{green},{blue},255", "outline_width": "0.46", "style": "solid"}
@@ -491,15 +602,8 @@ def _qml(renderer: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with whole_or_not_at_all(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def read_frame(path: Path) -> GeoDataFrame:
@@ -515,6 +619,10 @@ def read_frame(path: Path) -> GeoDataFrame:
         if path.suffix.lower() in (".geojsonl", ".ndjson"):
             return pyogrio.read_dataframe(f"GeoJSONSeq:{path}")
         layers = [name for name, kind in pyogrio.list_layers(path) if kind and name != FINDINGS_LAYER]
-        return pyogrio.read_dataframe(path, layer=layers[0] if layers else None)
+        frame = pyogrio.read_dataframe(path, layer=layers[0] if layers else None)
+        if layers and layers[0] + POINTS_SUFFIX in layers:
+            points = pyogrio.read_dataframe(path, layer=layers[0] + POINTS_SUFFIX)
+            return geopandas.GeoDataFrame({name: [*frame[name], *points[name]] for name in frame}, crs=frame.crs)
+        return frame
     except Exception as error:  # each driver raises its own
         raise ExportError(f"{path} cannot be read as vector data: {error}") from error

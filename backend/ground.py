@@ -54,7 +54,8 @@ def lonlat_geometries(shapes_px: NDArray[np.object_], tile: Tile, area: Area | N
     bounds = shapely.bounds(ground)
     with np.errstate(invalid="ignore"):
         is_hard |= ~((bounds[:, 2] - bounds[:, 0] <= 180) & (np.abs(bounds[:, [0, 2]]).max(axis=1) <= 180))
-    is_hard |= ~shapely.is_valid(ground) | (shapely.area(ground) == 0)
+    is_point = shapely.get_type_id(ground) == shapely.GeometryType.POINT
+    is_hard |= ~shapely.is_valid(ground) | ((shapely.area(ground) == 0) & ~is_point)
     # Points that fell together would stay as points twice.
     is_hard[owner[1:][is_edge & (rounded[1:] == rounded[:-1]).all(axis=1)]] = True
     ground = shapely.orient_polygons(ground)

@@ -80,7 +80,10 @@ def view_of(tile: Tile, anchor: Tile) -> View:
 
 
 def seen(views: Sequence[View], view: IntArray, shapes: Shapes) -> tuple[BoolArray, BoolArray]:
-    """Whether each shape lies whole on its view, and whether it hugs the border; ``view`` (N,) are indices."""
+    """Whether each shape lies whole on its view, and whether it hugs the border; ``view`` (N,) are indices.
+
+    A point is always whole.
+    """
     used, which = np.unique(view, return_inverse=True)
     outlines = np.array([views[number].outline for number in used.tolist()], dtype=object)
     inside, deep_inside = (
@@ -88,7 +91,11 @@ def seen(views: Sequence[View], view: IntArray, shapes: Shapes) -> tuple[BoolArr
     )
     shapely.prepare(inside)
     shapely.prepare(deep_inside)
-    return shapely.contains(inside[which], shapes), ~shapely.intersects(deep_inside[which], shapes)
+    is_point = shapely.get_type_id(shapes) == shapely.GeometryType.POINT
+    return (
+        shapely.contains(inside[which], shapes) | is_point,
+        ~shapely.intersects(deep_inside[which], shapes) & ~is_point,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,12 +290,12 @@ def _linked(pieces: Pieces, near: IntArray) -> NDArray[Any]:
     links = np.zeros(len(near), LINK)
     links["pair"] = near
     links["at_border"] = ~is_strip & (shapely.length(strip) > 0) & ~np.asarray(whole.any(axis=1))
-    common = shapely.intersection(a, b)
-    links["common_px"] = shapely.area(common)
     linked = np.zeros(len(near), bool)
     at = is_strip
+    common = shapely.intersection(a[at], b[at])
+    links["common_px"][at] = shapely.area(common)
     linked[at] = _is_shared(
-        a[at], b[at], common[at], strip[at], np.asarray(whole[at].all(axis=1)), sliver[at, 0] != sliver[at, 1]
+        a[at], b[at], common, strip[at], np.asarray(whole[at].all(axis=1)), sliver[at, 0] != sliver[at, 1]
     )
     at = links["at_border"]
     linked[at] = _is_continued(a[at], b[at], strip[at])
@@ -301,8 +308,9 @@ def _is_shared(
     """Whether pairs of pieces show one object where their tiles overlap."""
     area = shapely.area(common)
     smaller = np.minimum(shapely.area(a), shapely.area(b))
-    shared = area >= _MIN_DUPLICATE * smaller
-    parts = np.flatnonzero(~both_whole & ~one_sliver)
+    # What is enough of the smaller is enough of what the strip shows of it.
+    shared = area >= np.where(both_whole, _MIN_DUPLICATE, _MIN_SHARED) * smaller
+    parts = np.flatnonzero(~both_whole & ~one_sliver & (area < _MIN_SHARED * smaller))
     if len(parts):
         in_strip = np.minimum(
             shapely.area(shapely.intersection(a[parts], strip[parts])),
@@ -310,7 +318,7 @@ def _is_shared(
         )
         found = (area[parts] > 0) & (area[parts] >= _MIN_SHARED * in_strip)
         # Two houses that share a wall at the edge of the strip may overlap there, by the width of a line.
-        doubtful = np.flatnonzero(found & (area[parts] < _MIN_SHARED * smaller[parts]))
+        doubtful = np.flatnonzero(found)
         found[doubtful] = ~shapely.is_empty(shapely.buffer(common[parts[doubtful]], -BORDER_PX / 2))
         shared[parts] = found
     return np.asarray(shared | one_sliver)
@@ -381,22 +389,25 @@ def _owners(pieces: Pieces, shapes: dict[int, BaseGeometry], members: list[int],
     kept = sorted({owners[i] for i in wholes})
     parts = sorted(set(members).difference(wholes))
     if kept and parts:
-        ground = shapely.union_all([shapes[i] for i in kept])
-        for i in parts:
-            part = shapes[i]
-            if part.intersection(ground).area >= _MIN_COVERED * part.area:
-                shared = [shapes[k].intersection(part).area for k in kept]
-                owners[i] = kept[int(np.argmax(shared))]
+        outlines, cut = [shapes[i] for i in kept], np.array([shapes[i] for i in parts], dtype=object)
+        covered = shapely.area(shapely.intersection(cut, shapely.union_all(outlines) if len(kept) > 1 else outlines[0]))
+        for i, part, area in zip(parts, cut, covered.tolist(), strict=True):
+            if area >= _MIN_COVERED * part.area:
+                owners[i] = kept[_most_shared(outlines, part)]
     for i in members:
         if not pieces.is_sliver[i]:
             continue
         near = [pair[pair[0] == i] for pair, at_border in tied.items() if i in pair and not at_border]
         near = [k for k in near if not pieces.is_sliver[k]]
         if near:
-            reach = shapes[i].buffer(2 * BORDER_PX)
-            shared = [shapes[k].intersection(reach).area for k in near]
-            owners[i] = owners[near[int(np.argmax(shared))]]
+            reach = shapes[i].buffer(2 * BORDER_PX) if len(near) > 1 else shapes[i]
+            owners[i] = owners[near[_most_shared([shapes[k] for k in near], reach)]]
     return owners
+
+
+def _most_shared(shapes: list[BaseGeometry], ground: BaseGeometry) -> int:
+    """Which of the shapes covers most of the ground."""
+    return int(np.argmax(shapely.area(shapely.intersection(shapes, ground)))) if len(shapes) > 1 else 0
 
 
 def _claim(shape: BaseGeometry, view: View) -> tuple[bool, float]:

@@ -13,6 +13,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+_MUCH_MORE = 8
+
 
 class Spool:
     """A list of byte strings that costs eight bytes of memory each.
@@ -46,11 +48,17 @@ class Spool:
     def read(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
         """The byte strings of those numbers, in their order."""
         self._file.flush()
-        file, ends = self._file.fileno(), self._ends
-        listed = numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
-        if listed and listed[-1] - listed[0] == len(listed) - 1 and listed == list(range(listed[0], listed[-1] + 1)):
-            # A run of neighbours is one read.
-            first = ends[listed[0]]
-            chunk = os.pread(file, ends[listed[-1] + 1] - first, first)
-            return [chunk[ends[i] - first : ends[i + 1] - first] for i in listed]
-        return [os.pread(file, ends[i + 1] - ends[i], ends[i]) for i in listed]
+        file, wanted = self._file.fileno(), np.asarray(numbers, np.int64)
+        if not len(wanted):
+            return []
+        ends = np.frombuffer(self._ends, np.int64)
+        starts, stops = ends[wanted], ends[wanted + 1]
+        # While somebody looks at an array's memory it cannot grow.
+        del ends
+        first, size = int(starts.min()), int(stops.max() - starts.min())
+        spans = zip((starts - first).tolist(), (stops - first).tolist(), strict=True)
+        if size <= _MUCH_MORE * int((stops - starts).sum()):
+            # One read, though it brings some that nobody asked for, is faster than many.
+            chunk = os.pread(file, size, first)
+            return [chunk[start:stop] for start, stop in spans]
+        return [os.pread(file, stop - start, first + start) for start, stop in spans]

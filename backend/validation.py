@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from shapely import MultiPolygon, Polygon, STRtree
+from shapely import MultiPolygon, Point, Polygon, STRtree
 from shapely.geometry.base import BaseGeometry
 
 from . import labelstudio, rfc7946
@@ -454,8 +454,10 @@ class _Features:
         if min(west + 180, south + 90, 180 - east, 90 - north) < 0:
             find(OUTSIDE, f"lies off the Earth: west {west:g}, south {south:g}, east {east:g}, north {north:g}")
             return
+        if isinstance(shape, Point):
+            return
         if not isinstance(shape, (Polygon, MultiPolygon)):
-            find(SCHEMA, f"must be a Polygon or MultiPolygon, got {shape.geom_type}")
+            find(SCHEMA, f"must be a Polygon, MultiPolygon or Point, got {shape.geom_type}")
             return
         if not shape.is_valid:
             find(SELF_CROSSING, f"is invalid: {shapely.is_valid_reason(shape)}")

@@ -6,12 +6,13 @@ Makes a Label Studio export of a made-up town (rotated and L-shaped buildings on
 
 * *loop*: what scripts commonly do: ``json.load``; for each region a ``shapely.Polygon``, for each point a call of
   ``Transformer.transform``; ``json.dump``. Seams are not merged, nothing is checked. Three variants, as scripts differ
-  in where they make the transformer: once, for each annotation, for each point (the slow two on a sample, scaled up).
+  in where they make the transformer: once, for each region, for each point (the slow two on a small input).
 * *ours*: `backend.export`, with seams merged and without.
 * *floor*: what is left when all else is free: ``json.load`` of the input, PROJ on one array of all points, pyogrio
-  writing finished geometries.
+  writing finished geometries. For comparison also the parser that we read with.
 
-All figures are processor time.
+The more points an outline has, the more the loop loses; ``--points 30`` is what a model draws, the default what people
+draw of houses. All figures are processor time.
 
 ``--memory`` runs only our export of that many annotations in this process and prints its greatest resident size;
 with two sizes the slope tells what a million take.
@@ -28,11 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyproj
 import shapely
 from affine import Affine
-from shapely import affinity
 from shapely.geometry import Polygon, mapping
 
 from backend.annotations import tasks_in
@@ -43,8 +44,11 @@ TILE_PX, OVERLAP_PX, SPACING_PX = 512, 64, 80
 CRS = "EPSG:32645"
 
 
-def make_export(path: Path, annotations: int, *, seed: int = 0) -> int:
-    """Write a Label Studio export of about that many regions, task by task. Returns how many regions there are."""
+def make_export(path: Path, annotations: int, *, points: int = 6, seed: int = 0) -> int:
+    """Write a Label Studio export of about that many regions, task by task. Returns how many regions there are.
+
+    Outlines have about ``points`` points where that is more than their corners.
+    """
     rng = np.random.default_rng(seed)
     step = TILE_PX - OVERLAP_PX
     per_tile = ((TILE_PX + SPACING_PX / 2) / SPACING_PX) ** 2
@@ -52,37 +56,46 @@ def make_export(path: Path, annotations: int, *, seed: int = 0) -> int:
     rows = max(1, round(annotations / per_tile / columns))
     scene = Tile((columns * step + OVERLAP_PX, rows * step + OVERLAP_PX), CRS, Affine(0.2, 0, 354000, 0, -0.2, 3057000))
     written = 0
-    with path.open("w", encoding="utf-8") as file:
-        before = "["
-        bands: dict[int, list[Polygon]] = {}
+    with path.open("wb") as file:
+        before = b"["
+        bands: dict[int, Any] = {}
         for row in range(rows):
             top = row * step
             lines = range(int(top // SPACING_PX) - 1, int((top + TILE_PX) // SPACING_PX) + 2)
-            for line in lines:
-                if line not in bands:
-                    bands[line] = [_building(x, line * SPACING_PX, rng) for x in range(0, scene.size[0], SPACING_PX)]
-            bands = {line: bands[line] for line in lines}
-            buildings = np.array([shape for line in lines for shape in bands[line]], dtype=object)
+            bands = {
+                line: bands[line] if line in bands else _buildings(scene.size[0], line * SPACING_PX, points, rng)
+                for line in lines
+            }
+            buildings = np.concatenate([bands[line] for line in lines])
             tree = shapely.STRtree(buildings)
             for column in range(columns):
-                task = _task(
-                    row * columns + column + 1, scene.crop(column * step, top, TILE_PX, TILE_PX), buildings, tree
-                )
+                tile = scene.crop(column * step, top, TILE_PX, TILE_PX)
+                task = _task(row * columns + column + 1, tile, buildings, tree)
                 written += len(task["annotations"][0]["result"])
-                file.write(before + json.dumps(task))
-                before = ","
-        file.write("]")
+                file.write(before + msgspec.json.encode(task))
+                before = b","
+        file.write(b"]")
     return written
 
 
-def _building(x: float, y: float, rng: np.random.Generator) -> Polygon:
-    width, height = rng.uniform(24, 44, 2)
-    cut_x, cut_y = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.3, 0.7)
-    corners = [(0, 0), (width, 0), (width, cut_y), (cut_x, cut_y), (cut_x, height), (0, height)]
-    if rng.random() < 0.4:
-        corners = [(0, 0), (width, 0), (width, height), (0, height)]
-    shape = affinity.rotate(Polygon(corners), rng.uniform(0, 90))
-    return affinity.translate(shape, x + rng.uniform(5, 25), y + rng.uniform(5, 25))
+def _buildings(width: int, y: float, points: int, rng: np.random.Generator) -> Any:
+    """A row of turned houses, two in five with four corners and the others L-shaped, with so many points or more."""
+    x = np.arange(0, width, SPACING_PX)
+    (w, h), (cut_w, cut_h) = rng.uniform(24, 44, (2, len(x))), rng.uniform(0.3, 0.7, (2, len(x)))
+    zero = np.zeros(len(x))
+    corners = np.array([(zero, zero), (w, zero), (w, cut_h * h), (cut_w * w, cut_h * h), (cut_w * w, h), (zero, h)])
+    angle = rng.uniform(0, np.pi / 2, len(x))
+    turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+    corners = np.einsum("pcn,cdn->npd", corners - np.array([w, h]) / 2, turn)
+    corners += np.column_stack((x, np.full(len(x), y)))[:, None] + rng.uniform(25, 45, (len(x), 1, 2))
+    shapes = np.asarray(shapely.polygons(corners))
+    has_four = rng.random(len(x)) < 0.4
+    shapes[has_four] = shapely.minimum_rotated_rectangle(shapes[has_four])
+    if points > 6:
+        # As finely drawn as what a model draws, and not quite straight.
+        shapes = shapely.segmentize(shapes, shapely.length(shapes) / points)
+        shapes = shapely.transform(shapes, lambda xy: xy + 0.15 * np.sin(5 * xy[:, ::-1]))
+    return shapes
 
 
 def _task(number: int, tile: Tile, buildings: Any, tree: shapely.STRtree) -> dict[str, Any]:
@@ -90,7 +103,10 @@ def _task(number: int, tile: Tile, buildings: Any, tree: shapely.STRtree) -> dic
     column, row = tile.window[:2]
     window = shapely.box(column, row, column + TILE_PX, row + TILE_PX)
     near = buildings[np.sort(tree.query(window, predicate="intersects"))]
-    parts = shapely.get_parts(shapely.intersection(near, window))
+    is_cut = ~shapely.covered_by(near, window)
+    near[is_cut] = shapely.intersection(near[is_cut], window)
+    parts = shapely.get_parts(near)
+    parts = parts[(shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & (shapely.area(parts) > 1)]
     results = [
         {
             "id": f"{number}-{k}",
@@ -107,7 +123,6 @@ def _task(number: int, tile: Tile, buildings: Any, tree: shapely.STRtree) -> dic
             },
         }
         for k, part in enumerate(parts)
-        if part.geom_type == "Polygon" and part.area > 1
     ]
     return {
         "id": number,
@@ -134,16 +149,14 @@ def regions_of(tasks: list[dict[str, Any]]) -> Iterator[tuple[list[list[float]],
                 yield result["value"]["points"], task["data"]["tile"]["transform"], task
 
 
-def loop(source: Path, out: Path, transformer_made: str, *, at_most: int | None = None) -> int:
+def loop(source: Path, out: Path, transformer_made: str) -> int:
     """The common loop. Returns how many regions it wrote."""
     with source.open(encoding="utf-8") as file:
         tasks = json.load(file)
     transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
     features: list[dict[str, Any]] = []
     for points, (a, b, c, d, e, f), task in regions_of(tasks):
-        if at_most is not None and len(features) >= at_most:
-            break
-        if transformer_made == "for each annotation":
+        if transformer_made == "for each region":
             transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
         ring = []
         for x_pct, y_pct in points:
@@ -165,35 +178,33 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def compare(annotations: int, sample: int) -> None:
+def compare(annotations: int, sample: int, points_each: int) -> None:
     """Print what each way costs, in microseconds a region, and how many times faster ours is."""
     import geopandas
     import pyogrio
 
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "tasks.json", Path(folder) / "out.geojson"
-        count = make_export(source, annotations)
-        print(f"{count} regions, {source.stat().st_size / 1e6:.1f} MB")
+        source, few, out = Path(folder) / "tasks.json", Path(folder) / "few.json", Path(folder) / "out.geojson"
+        count = make_export(source, annotations, points=points_each)
+        few_count = make_export(few, sample, points=points_each)
+        text = source.read_bytes()
+        print(f"{count} regions, {len(text) / 1e6:.1f} MB")
         costs: dict[str, float] = {}
 
         def keep(name: str, work: Callable[[], Any], units: int) -> None:
-            costs[name] = min(seconds(work) for _ in range(2)) / units * 1e6
+            costs[name] = min(seconds(work) for _ in range(3)) / units * 1e6
             print(f"{name:52} {costs[name]:9.1f} us a region")
 
-        reading = min(seconds(lambda: json.loads(source.read_text(encoding="utf-8"))) for _ in range(2))
-        costs["floor: json.load"] = reading / count * 1e6
-        print(f"{'floor: json.load':52} {costs['floor: json.load']:9.1f} us a region")
+        keep("floor: json.load", lambda: json.loads(text), count)
+        keep("(msgspec.json.decode)", lambda: msgspec.json.decode(text), count)
         keep("loop, transformer made once", lambda: loop(source, out, "once"), count)
-        for made in ("for each annotation", "for each point"):
-            # Reading the whole input is taken off and put back, since only a sample is worked through.
-            spent = seconds(lambda made=made: loop(source, out, made, at_most=sample)) - reading  # type: ignore[misc]
-            costs[f"loop, transformer made {made}"] = spent / min(sample, count) * 1e6 + costs["floor: json.load"]
-            print(f"{'loop, transformer made ' + made:52} {costs[f'loop, transformer made {made}']:9.1f} us a region")
+        keep("loop, transformer made for each region", lambda: loop(few, out, "for each region"), few_count)
+        keep("loop, transformer made for each point", lambda: loop(few, out, "for each point"), few_count)
         keep("ours, outlines as drawn", lambda: export(tasks_in(source), out, options=ExportOptions(False)), count)
         frame = geopandas.read_file(out)
         keep("ours, seams merged", lambda: export(tasks_in(source), out), count)
 
-        points = np.concatenate([np.array(points) for points, _, _ in regions_of(json.loads(source.read_text()))])
+        points = np.concatenate([np.array(points) for points, _, _ in regions_of(json.loads(text))])
         transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
         keep("floor: PROJ, one array", lambda: transformer.transform(points[:, 0] + 354000, points[:, 1] + 3e6), count)
         layer_options = {"RFC7946": "YES", "WRITE_BBOX": "YES", "COORDINATE_PRECISION": "7"}
@@ -211,11 +222,11 @@ def compare(annotations: int, sample: int) -> None:
         print(f"distance to the floor (all three): {costs['ours, seams merged'] / floor:.2f}")
 
 
-def memory(annotations: int, ending: str) -> None:
+def memory(annotations: int, ending: str, points_each: int) -> None:
     """Print the greatest resident size of an export of that many regions."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "tasks.json"
-        count = make_export(source, annotations)
+        count = make_export(source, annotations, points=points_each)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         spent = seconds(lambda: export(tasks_in(source), Path(folder) / f"out.{ending}"))
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -225,11 +236,12 @@ def memory(annotations: int, ending: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=int, default=20_000, help="regions, about")
+    parser.add_argument("--points", type=int, default=6, help="points of an outline, about")
     parser.add_argument("--sample", type=int, default=200, help="regions for the slow variants of the loop")
     parser.add_argument("--memory", action="store_true", help="only our export, and its greatest resident size")
     parser.add_argument("--ending", default="geojson", help="format of --memory")
     args = parser.parse_args()
     if args.memory:
-        memory(args.annotations, args.ending)
+        memory(args.annotations, args.ending, args.points)
     else:
-        compare(args.annotations, args.sample)
+        compare(args.annotations, args.sample, args.points)

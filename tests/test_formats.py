@@ -17,6 +17,7 @@ from typing import Any
 
 import geopandas
 import numpy as np
+import pyogrio
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from backend.errors import ExportError
 from backend.export import ExportOptions, export
 from backend.formats import ENDINGS, EXPORTED_TABLE, FIELDS, FINDINGS_LAYER, Batch, read_frame, write
 from backend.tile import Region
+from backend.validation import validate
 from tests.test_export import CONFIG, SCENE, annotated, bow_tie, box_at, cut, features_of, iou, task_of
 
 COURT = Polygon(box_at(400, 300, 80, 80).exterior, [box_at(425, 325, 30, 30).exterior.coords])
@@ -182,10 +184,104 @@ def test_a_shapefile_cuts_what_it_cannot_hold(tmp_path: Path) -> None:
     assert set(frame.label) == {"ä" * 127}
 
 
+# Points
+
+
+def trees() -> list[dict[str, Any]]:
+    """The town with three trees, one of which two tiles show, and a keypoint that is a prompt."""
+    tasks = town()
+    spots = [(120.3, 60.1, "one"), (250.0, 40.0, "two"), (500.0, 200.0, "three")]
+    for task, tile in zip(tasks, cut(SCENE), strict=True):
+        results = task["annotations"][0]["result"]
+        for x, y, name in spots:
+            column, row = np.array([x, y]) - np.array(tile.window[:2])  # type: ignore[index]
+            if 0 <= column <= tile.size[0] and 0 <= row <= tile.size[1]:
+                value = {"x": column / tile.size[0] * 100, "y": row / tile.size[1] * 100, "width": 0.5}
+                about = {"id": f"{name}-{task['id']}", "type": "keypointlabels", "to_name": "image", "score": 0.5}
+                value |= {"keypointlabels": ["tree"]}
+                results.append({**about, "from_name": "tree", "origin": "manual", "value": value})
+    prompt = {"id": "p", "type": "keypointlabels", "from_name": "click", "to_name": "image"}
+    value = {"x": 1, "y": 1, "width": 1, "keypointlabels": ["building"]}
+    tasks[0]["annotations"][0]["result"].append({**prompt, "is_positive": True, "value": value})
+    return tasks
+
+
+TREE_CONFIG = CONFIG.replace(
+    "</View>", '<KeyPointLabels name="tree" toName="image"><Label value="tree"/></KeyPointLabels></View>'
+)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("points")
+    for ending in ENDINGS:
+        report = export(trees(), folder / f"town{ending}", label_config=TREE_CONFIG)
+        left_out = {reason: count for reason, count in report.dropped.items() if "point" in reason}
+        assert left_out == ({"point, for which a Shapefile of outlines has no place": 5} if ending == ".shp" else {})
+        assert report.features == (3 if ending == ".shp" else 6)
+        assert report.labels.get("tree", 0) == (0 if ending == ".shp" else 3)
+    return folder
+
+
+def test_points_are_features_where_they_were_set(planted: Path) -> None:
+    features = features_of(planted / "town.geojson")
+    points = [feature for feature in features if feature["geometry"]["type"] == "Point"]
+    found = {tuple(feature["geometry"]["coordinates"]): feature["properties"] for feature in points}
+    expected = np.round(SCENE.px_to_lonlat(np.array([(120.3, 60.1), (250.0, 40.0), (500.0, 200.0)])), 7)
+    assert set(found) == set(map(tuple, expected.tolist()))
+    shared = found[tuple(expected[1])]
+    assert len(shared["tasks"]) == 2, "a tree that two tiles show is one"
+    assert (shared["label"], shared["score"], shared["area_m2"]) == ("tree", 0.5, None)
+    assert shared["annotators"] == [7]
+
+
+@pytest.mark.parametrize("ending", [ending for ending in ENDINGS if ending != ".shp"])
+def test_every_format_but_a_shapefile_holds_the_same_points(planted: Path, ending: str) -> None:
+    rows = rows_of(planted / f"town{ending}")
+    assert rows == rows_of(planted / "town.geojson")
+    frame = read_frame(planted / f"town{ending}")
+    assert sorted(frame.geometry.geom_type.str.replace("Multi", "")) == ["Point"] * 3 + ["Polygon"] * 3
+    assert validate(planted / f"town{ending}") == []
+
+
+def test_a_geopackage_has_points_in_a_layer_of_their_own(planted: Path) -> None:
+    layers = dict(pyogrio.list_layers(planted / "town.gpkg"))
+    assert (layers["town"], layers["town_points"]) == ("MultiPolygon", "Point")
+    with contextlib.closing(sqlite3.connect(planted / "town.gpkg")) as database:
+        styled = [name for (name,) in database.execute("SELECT f_table_name FROM layer_styles")]
+    assert styled == ["town", FINDINGS_LAYER, "town_points"]
+    assert not len(read_edits(planted / "town.gpkg")), "points are nothing that was edited"
+
+
+def test_points_without_outlines_are_an_export(tmp_path: Path) -> None:
+    tasks = trees()
+    for task in tasks:
+        (annotation,) = task["annotations"]
+        annotation["result"] = [result for result in annotation["result"] if result["type"] == "keypointlabels"]
+    for ending in ENDINGS:
+        report = export(tasks, tmp_path / f"a{ending}", label_config=TREE_CONFIG)
+        assert report.features == (0 if ending == ".shp" else 3)
+    assert len(read_frame(tmp_path / "a.gpkg")) == 3
+
+
+def test_datasets_of_outlines_count_the_points_that_they_leave_out(tmp_path: Path) -> None:
+    for kind, name in (("coco", "COCO"), ("yolo", "YOLO")):
+        out = tmp_path / (f"{kind}.json" if kind == "coco" else kind)
+        report = export(trees(), out, label_config=TREE_CONFIG, options=ExportOptions(format=kind))
+        assert report.features == 3
+        assert report.dropped[f"point, for which {name} has no place"] == 5
+    export(trees(), tmp_path / "stac", label_config=TREE_CONFIG, options=ExportOptions(format="stac"))
+    (labels,) = tmp_path.glob("stac/*/labels.geojson")
+    assert sum(feature["geometry"]["type"] == "Point" for feature in features_of(labels)) == 3
+
+
 def test_half_characters_and_odd_labels_are_written(tmp_path: Path) -> None:
     tasks = annotated(SCENE, OBJECTS)
     tasks[0]["annotations"][0]["result"][0]["value"]["polygonlabels"] = ['},{"id":"\ud800 <&>\n']
     tasks[0]["annotations"][0]["result"][0]["id"] = "\ud800"
+    tasks[0]["annotations"][0] |= {"id": "\ud800", "created_at": "\ud800"}
+    for task in tasks:
+        task["data"]["tile"]["scene"] = "\ud800"
     for ending in ENDINGS:
         out = tmp_path / f"a{ending}"
         export(tasks, out)
@@ -242,8 +338,25 @@ write(batches(), Path(sys.argv[1]))
         assert process.stdout is not None
         for _ in range(3):
             assert process.stdout.readline() == "written\n"
+        # Another export into the same folder leaves alone what is still being written …
+        export(town(), tmp_path / "b.geojson", label_config=CONFIG)
+        (folder,) = tmp_path.glob(".export-*")
         os.kill(process.pid, signal.SIGKILL)
     assert not out.exists()
+    assert folder.exists()
+    # … and clears away what nobody writes any more.
+    export(town(), tmp_path / "b.geojson", label_config=CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.geojson"]
+
+
+def test_what_stepped_aside_when_an_export_was_killed_comes_back(tmp_path: Path) -> None:
+    old = tmp_path / ".export-abc" / "dataset.old"
+    old.mkdir(parents=True)
+    (old / "data.yaml").write_text("names:")
+    (tmp_path / ".export-a file").write_text("somebody else's")
+    write(iter(()), tmp_path / "other.geojson")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".export-a file", "dataset", "other.geojson"]
+    assert (tmp_path / "dataset" / "data.yaml").read_text() == "names:"
 
 
 # COCO, YOLO, STAC

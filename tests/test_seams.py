@@ -74,6 +74,8 @@ def test_what_lies_in_a_spool_comes_back(tmp_path: Path) -> None:
         assert spool.read([0, 1, 2, 3]) == [b"a", b"", b"ccc", b"dd"]
         assert spool.read(np.array([3, 0])) == [b"dd", b"a"]
         assert spool.read([]) == []
+        spool.append([bytes(9999), b"f"])
+        assert spool.read([0, 5, 3, 0]) == [b"a", b"f", b"dd", b"a"]
         assert list(tmp_path.iterdir()) == []
 
 
@@ -241,17 +243,38 @@ def test_tasks_are_read_one_after_the_other(
 
     path = tmp_path_factory.mktemp("tasks") / "tasks.json"
     path.write_text(json.dumps(tasks, indent=indent))
-    whole = annotations._CHUNK_CHARS
-    annotations._CHUNK_CHARS = chunk
+    whole = annotations._CHUNK_BYTES
+    annotations._CHUNK_BYTES = chunk
     try:
         assert list(tasks_in(path)) == tasks
     finally:
-        annotations._CHUNK_CHARS = whole
+        annotations._CHUNK_BYTES = whole
+
+
+def test_what_python_writes_and_json_does_not_know_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_text('\ufeff [{"data": {"a": NaN, "b": "\\ud83d", "c": 123456789012345678901234567890}},{"data": {}}]')
+    first, second = tasks_in(path)
+    assert np.isnan(first["data"]["a"])
+    assert (first["data"]["b"], first["data"]["c"]) == ("\ud83d", 123456789012345678901234567890)
+    assert second == {"data": {}}
+
+
+def test_tasks_before_the_broken_one_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_text('[{"data": {"n": 1}}, {"data": {"n": 2}}, {"data": {"n: 3}}]')
+    reader = tasks_in(path)
+    assert [next(reader)["data"]["n"] for _ in range(2)] == [1, 2]
+    with pytest.raises(BadRequest, match="task number 2"):
+        next(reader)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("[" * 100_000, "nested too deeply"),
+        ('[{"data": {}},]', "task number 1"),
+        ('[,{"data": {}}]', "task number 0"),
         ("", "must hold a list"),
         ('{"data": {}}', "must hold a list"),
         ('[{"data": {}}', "expected a comma"),
