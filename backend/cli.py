@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="A project's model versions.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+weights_app = typer.Typer(help="Segment Anything's checkpoints.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 err = Console(stderr=True)
@@ -84,7 +86,7 @@ def _settings(**overrides: Any) -> Settings:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     # One line a request of every library would drown ours, and httpx prints whole URLs.
-    for noisy in ("httpx", "httpcore", "rasterio", "PIL", "filelock"):
+    for noisy in ("httpx", "httpcore", "rasterio", "pyogrio", "PIL", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return settings
 
@@ -122,6 +124,8 @@ def serve(
     """
     settings = _settings(port=port, workers=workers)
     if settings.workers > 1:
+        # Workers that each take all cores for a tile take them from each other; torch reads this when it is imported.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, settings.cores // settings.workers)))
         # prometheus-client decides when it is imported whether processes share their figures through files.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="geoprelabel-metrics-"))
     from .server import serve as run
@@ -131,36 +135,77 @@ def serve(
 
 @app.command()
 def ingest(
-    scenes: Annotated[list[str], typer.Argument(help="Georeferenced rasters.")],
+    scenes: Annotated[
+        list[str], typer.Argument(help="Rasters: paths, https:// s3:// gs:// az://, STAC items, .txt lists of these.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for tiles and tasks.json (GEOPRELABEL_DATA_DIR).")] = None,
     tile_size: Annotated[int, typer.Option(min=64, max=4096, help="Side of a tile, in pixels.")] = 512,
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbours share.")] = 64,
-    grid: Annotated[str, typer.Option(help="native, or webmercator")] = "native",
+    grid: Annotated[str, typer.Option(help="native, webmercator, or xyz: the tiles of web maps")] = "native",
     zoom: Annotated[
-        int | None, typer.Option(help="Zoom of the web-mercator grid; empty: that of the pixel size.")
+        int | None, typer.Option(help="Zoom of the web-mercator grids; empty: that of the pixel size.")
     ] = None,
     bands: Annotated[str, typer.Option(help="Bands to show as red, green, blue, e.g. 4,3,2.")] = "",
+    nodata: Annotated[
+        float | None, typer.Option(help="Value of pixels without data, where the file is silent.")
+    ] = None,
+    stretch: Annotated[
+        str, typer.Option(help="low,high of the values to show, or none; empty: 2 to 98 % of the scene.")
+    ] = "",
+    rpc_height: Annotated[
+        float | None, typer.Option(help="Height of the ground in metres, for scenes that only have RPCs.")
+    ] = None,
+    xyz_names: Annotated[
+        bool, typer.Option("--xyz-names", help="Images named z_x_y.png or z/x/y.png lie where such tiles do.")
+    ] = False,
     format: Annotated[str, typer.Option(help="jpg, png or webp")] = "jpg",
     image_url_prefix: Annotated[str, typer.Option(help="Where browsers find the tiles; empty: this backend.")] = "",
+    mosaic: Annotated[str, typer.Option(help="Take all rasters as one scene of this name.")] = "",
+    asset: Annotated[str, typer.Option(help="Asset of STAC items; empty: visual, or the only image.")] = "",
+    aoi: Annotated[Path | None, typer.Option(help="Polygons, in any CRS: only tiles that touch them.")] = None,
+    prelabels: Annotated[
+        Path | None, typer.Option(help="Polygons, in any CRS, that become predictions in the tasks.")
+    ] = None,
+    prelabel_label: Annotated[str, typer.Option(help="Their label; empty: the config's only one.")] = "",
+    prelabel_field: Annotated[str, typer.Option(help="Or the attribute that holds it.")] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="Label config for --prelabels; empty: configs/buildings.xml.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Tiles cut at a time.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Cut scenes into tiles that Label Studio can show, each knowing its place on Earth.
 
-    Example: geoprelabel ingest town.tif --out geoprelabel-data
+    Example: geoprelabel ingest s3://bucket/town.tif --aoi district.gpkg --prelabels footprints.gpkg
     """
     from .ingest import IngestOptions
     from .ingest import ingest as run
+    from .stretch import Stretch
 
     settings = _settings(data_dir=out)
     try:
         chosen = tuple(int(band) for band in bands.split(",")) if bands else None
     except ValueError as error:
         raise BadRequest(f"--bands must be numbers such as 1,2,3, got {bands!r}") from error
-    options = IngestOptions(tile_size=tile_size, overlap=overlap, bands=chosen, format=format, grid=grid, zoom=zoom)
+    options = IngestOptions(
+        tile_size=tile_size, overlap=overlap, format=format, bands=chosen, nodata=nodata, grid=grid, zoom=zoom,
+        stretch=Stretch.from_text(stretch), rpc_height_m=rpc_height,
+        xyz_names=xyz_names,
+    )  # fmt: skip
+    labelled = None
+    if prelabels:
+        from .labelstudio import parse_config
+        from .prelabels import Labelled
+        from .push import DEFAULT_CONFIG
+
+        label_config = parse_config((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        labelled = Labelled.of(prelabels, label_config, label=prelabel_label, field=prelabel_field)
     with _bar("cutting tiles") as show:
         report = run(
-            scenes, settings.data_dir, tiles_url=image_url_prefix or settings.tiles_url, options=options, progress=show
-        )
+            scenes, settings.data_dir, tiles_url=image_url_prefix or settings.tiles_url, options=options,
+            mosaic_name=mosaic, asset=asset, aoi=aoi, prelabels=labelled, workers=workers,
+            progress=show,
+        )  # fmt: skip
     _print(asdict(report), as_json, report.sentence())
 
 
@@ -175,6 +220,7 @@ def push(
     connect: Annotated[
         bool, typer.Option("--connect/--no-connect", help="Connect the backend and its webhook.")
     ] = True,
+    checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Check first, as doctor does.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Import tasks into Label Studio and connect this backend; run twice it adds nothing.
@@ -188,6 +234,14 @@ def push(
     settings = _settings()
     listed = read_tasks(tasks)
     label_config = (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
+    if checks:
+        from .doctor import before_push
+
+        found = [check for check in before_push(settings, backend_url if connect else None) if check.state != "ok"]
+        for check in found:
+            err.print(check.line(), markup=False, highlight=False, soft_wrap=True)
+        if any(check.state == "fail" for check in found):
+            raise BackendError("nothing was pushed (--no-checks pushes all the same)")
     with client_of(settings) as label_studio, _bar("pushing") as show:
         done = run(
             label_studio, settings, listed, title=project, label_config=label_config,
@@ -197,6 +251,36 @@ def push(
         asdict(done), as_json,
         f"{done.tasks} tasks imported, {done.already_there} were there, {done.predictions} predictions: {done.url}",
     )  # fmt: skip
+    for warning in done.warnings:
+        err.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    project: Annotated[int | None, typer.Option(help="Also check this project of Label Studio.")] = None,
+    backend_url: Annotated[
+        str, typer.Option(help="Where Label Studio is to reach this backend, to ask whether it would.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check everything that can be set up wrong, and say what mends it. Exit code 1 where something is wrong.
+
+    Run it where the backend runs, with the same environment. Example: geoprelabel doctor --project 3
+    """
+    from .doctor import examine
+
+    colours = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
+    found = []
+    for check in examine(_settings(), project=project, backend_url=backend_url):
+        found.append(check)
+        if not as_json:
+            state, rest = check.line()[:4], check.line()[4:]
+            typer.echo(typer.style(state, fg=colours[check.state], bold=check.state != "ok") + rest)
+    failed = any(check.state == "fail" for check in found)
+    if as_json:
+        typer.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}, indent=2))
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -216,6 +300,7 @@ def predict(
     Example: geoprelabel predict geoprelabel-data/tasks.json --out predictions.json
     """
     from .bulk import predict_project, predict_to_file
+    from .datamanager import show_scores
     from .push import DEFAULT_CONFIG
     from .service import Service, client_of, project_key_of, read_tasks
 
@@ -234,6 +319,7 @@ def predict(
                     label_studio, project, lambda tasks: service.predict_tasks(tasks, label_config, key),
                     version=service.predictor.version(key), progress=show,
                 )  # fmt: skip
+                show_scores(label_studio, project, service.predictor.version(key))
         else:
             assert tasks is not None  # checked above
             assert out is not None
@@ -252,6 +338,98 @@ def predict(
     )  # fmt: skip
     if report.failed and not report.predicted:
         raise typer.Exit(1)
+
+
+@app.command()
+def prewarm(
+    tasks: Annotated[Path | None, typer.Argument(help="tasks.json of ingest.")] = None,
+    project: Annotated[int | None, typer.Option(help="This project's tasks in Label Studio instead.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Label config; empty: configs/buildings.xml, or the project's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the embeddings of many tiles ahead, on disk where the server finds them: then no click waits for one.
+
+    Example: geoprelabel prewarm --project 3
+    """
+    from .push import DEFAULT_CONFIG
+    from .service import Service, client_of, project_key_of, read_tasks
+
+    if (tasks is None) == (project is None):
+        raise typer.BadParameter("give TASKS.json or --project N")
+    settings = _settings()
+    service = Service(settings)
+    service.predictor.start()
+    outcomes: list[bool | None] = []
+    try:
+        with ExitStack() as stack:
+            if project is not None:
+                label_studio = stack.enter_context(client_of(settings))
+                found = label_studio.project(project)
+                listed: Iterable[Any] = label_studio.tasks(project)
+                key, label_config = project_key_of(found), found["label_config"]
+            else:
+                assert tasks is not None  # checked above
+                listed, key = read_tasks(tasks), "0"
+                label_config = (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
+            show = stack.enter_context(_bar("embedding", len(listed) if isinstance(listed, list) else None))
+            for outcome in service.warm_tasks(listed, label_config, key):
+                outcomes.append(outcome)
+                show(len(outcomes))
+        used_mb = service.predictor.embeddings.disk.nbytes / 2**20
+    finally:
+        service.close()
+    made, kept, failed = (sum(outcome is each for outcome in outcomes) for each in (True, False, None))
+    is_full = used_mb > 0.9 * settings.embedding_disk_mb
+    _print(
+        {"tasks": len(outcomes), "made": made, "kept": kept, "failed": failed, "disk_mb": round(used_mb, 1)}, as_json,
+        f"{made} of {len(outcomes)} tiles embedded, {kept} were there; {used_mb:.0f} MB on disk"
+        + (f"; {failed} failed (see {settings.data_dir / 'problems.jsonl'})" if failed else "")
+        + ("; that is near GEOPRELABEL_EMBEDDING_DISK_MB, and the tiles used longest ago are gone" if is_full else ""),
+    )  # fmt: skip
+    if failed and failed == len(outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def everything(
+    source: Annotated[Path, typer.Argument(help="An image, or tasks.json of ingest.")],
+    out: Annotated[Path, typer.Option(help="File for the outlines, or for the tasks with them as predictions.")],
+    config: Annotated[Path | None, typer.Option(help="Label config, for tasks; empty: configs/buildings.xml.")] = None,
+    points: Annotated[int, typer.Option(min=1, max=256, help="Clicks along a side of the image.")] = 32,
+    min_iou: Annotated[float, typer.Option(min=0, max=1, help="Least IoU that SAM expects.")] = 0.88,
+    min_stability: Annotated[float, typer.Option(min=0, max=1, help="Least stability of a shape.")] = 0.95,
+    crop_layers: Annotated[int, typer.Option(min=0, max=4, help="Layers of crops, for small objects.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Outline all that Segment Anything sees, without classes: nothing here knows what an outline is of.
+
+    Example: GEOPRELABEL_SEGMENTER=sam_vit_b geoprelabel everything geoprelabel-data/tasks.json --out proposals.json
+    """
+    from .bulk import predict_to_file
+    from .everything import EverythingOptions, everything_in_file
+    from .push import DEFAULT_CONFIG
+    from .service import everything_in_tasks, parsed_config, proposer_of, read_tasks
+
+    settings = _settings()
+    options = EverythingOptions(
+        points_per_side=points, least_iou=min_iou, least_stability=min_stability, crop_layers=crop_layers
+    )
+    segmenter = proposer_of(settings)
+    if source.suffix.lower() != ".json":
+        with _bar("looking") as show:
+            count = everything_in_file(segmenter, source, out, options=options, progress=show)
+        _print({"proposals": count}, as_json, f"{count} outlines of no class in {out}")
+        return
+    listed = read_tasks(source)
+    labels = parsed_config((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+    with _bar("looking", len(listed)) as show:
+        report = predict_to_file(
+            listed, out, lambda tasks: everything_in_tasks(settings, segmenter, labels, tasks, options=options),
+            version=f"{segmenter.version} {options}", progress=show,
+        )  # fmt: skip
+    _print(asdict(report), as_json, f"{report.polygons} outlines of no class on {report.predicted} tasks in {out}")
 
 
 @app.command()
@@ -274,8 +452,10 @@ def train(
     if not number.isdigit():
         raise BadRequest(f"--project must be Label Studio's project number, got {project!r}")
     if queued:
-        # Annotators' clicks come first.
+        # Annotators' clicks come first, and where memory runs out the server is to survive.
         os.nice(10)
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("500")
         Jobs(settings).work(project, lambda progress: fit.fit_queued(settings, int(number), progress))
         return
     with _bar("training") as show:
@@ -284,6 +464,30 @@ def train(
         else:
             done = fit.fit_project(settings, int(number), progress=show)
     _print(asdict(done), as_json, done.message)
+
+
+@app.command()
+def forget(
+    project: Annotated[str, typer.Option(help="Label Studio's project number, or its whole key <id>.<created>.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete the annotations that are kept here to learn from, and what was asked of training. Model versions stay.
+
+    Example: geoprelabel forget --project 3
+    """
+    from .jobs import Jobs
+    from .journal import Journal
+
+    settings = _settings()
+    with closing(Journal(settings)) as journal:
+        keys = [key for key in journal.projects() if project in (key, key.split(".")[0])]
+        if not keys:
+            known = ", ".join(journal.projects()) or "none"
+            raise BadRequest(f"no annotations are kept of project {project!r}; known: {known}")
+        for key in keys:
+            Jobs(settings).forget(key)
+            journal.forget(key)
+    _print({"projects": keys}, as_json, f"forgotten: {', '.join(keys)}")
 
 
 @app.command()
@@ -434,29 +638,80 @@ def models_list(
     if as_json:
         typer.echo(json.dumps([asdict(v) for v in versions], indent=2, default=str))
         return
-    table = Table("project", "version", "live", "made", "note")
+    table = Table("project", "version", "live", "made (UTC)", "F1@0.5", "tiles", "note")
     for v in versions:
+        judged = v.metrics.get("judging") or {}
+        f1 = f"{judged['f1']['before']:.2f} → {judged['f1']['after']:.2f}" if judged else "not judged"
         table.add_row(
-            v.project, v.name, "yes" if v.is_champion else "", f"{v.created:%Y-%m-%d %H:%M}", v.tags.get("note", "")
+            *(v.project, v.name, "yes" if v.is_champion else "", f"{v.created:%Y-%m-%d %H:%M}", f1),
+            *(str(judged.get("tiles", "")), v.tags.get("note", "")),
         )
     Console().print(table if versions else "no version was trained yet; the shipped model serves all projects")
 
 
 @models_app.command("show")
-def models_show(name: Annotated[str, typer.Argument(help="Name of the version.")]) -> None:
-    """All that is known of a version.
+def models_show(name: Annotated[str, typer.Argument(help="Name of the version.")], as_json: AsJson = False) -> None:
+    """All that is known of a version: where it came from, and its figures beside those of the one live before.
 
     Example: geoprelabel models show compact-1a2b3c4d-5e6f7a8b
     """
-    from .errors import UnknownVersion
+    from .errors import BadWeights, UnknownVersion
     from .registry import Registry
 
     versions = Registry(_settings()).versions()
-    for version in versions:
-        if version.name == name:
-            typer.echo(json.dumps(asdict(version), indent=2, default=str))
-            return
-    raise UnknownVersion(f"no model version {name!r}; there are: {', '.join(v.name for v in versions) or 'none'}")
+    version = next((v for v in versions if v.name == name), None)
+    if version is None:
+        raise UnknownVersion(f"no model version {name!r}; there are: {', '.join(v.name for v in versions) or 'none'}")
+    if as_json:
+        typer.echo(json.dumps(asdict(version), indent=2, default=str))
+        return
+    try:
+        version.check()
+        weights = f"{version.heads_path}, sha256 {version.sha256 or 'not registered'}"
+    except BadWeights as error:
+        weights = str(error)
+    facts = {
+        "version": version.name,
+        "project": f"{version.project}, its version number {version.number}",
+        "state": "live" if version.is_champion else "not live",
+        "made": f"{version.created:%Y-%m-%d %H:%M} UTC",
+        "parent": version.parent,
+        "weights": weights,
+        **version.tags,
+        "MLflow run": version.run_id,
+    }
+    for fact, value in facts.items():
+        typer.echo(f"{fact:>20}  {value}")
+    judged = version.metrics.get("judging")
+    if judged:
+        Console().print(_judged_table(judged))
+
+
+def _judged_table(judged: dict[str, Any]) -> Table:
+    """Figures of a version and of the one that was live when it was trained, as `backend.judging` keeps them."""
+
+    def compared(figure: dict[str, float] | None) -> tuple[str, str, str]:
+        if not figure:
+            return "", "", ""
+        return (
+            f"{figure['before']:.3f}",
+            f"{figure['after']:.3f}",
+            f"{figure['low']:+.3f} to {figure['high']:+.3f}",
+        )
+
+    table = Table(
+        "", "before", "this one", "difference, 90 % sure", title=f"{judged['tiles']} tiles, {judged['objects']} objects"
+    )
+    table.add_row("F1@0.5", *compared(judged["f1"]))
+    table.add_row("IoU of the ground", *compared(judged["area_iou"]))
+    for what, name in (("IoU of matched polygons", "matched_iou"), ("calibration error", "calibration_error")):
+        table.add_row(what, *("" if value is None else f"{value:.3f}" for value in judged[name]))
+    same = "" if judged["clicks_differ"] else " (the same weights answer)"
+    table.add_row(f"clicks to IoU 0.85{same}", *compared(judged["clicks"]))
+    for label, one in judged["labels"].items():
+        table.add_row(f"{label} ({one['objects']}): F1@0.5", *compared(one["f1"]))
+        table.add_row(f"{label}: IoU of the ground", *compared(one["area_iou"]))
+    return table
 
 
 @models_app.command("activate")
@@ -472,7 +727,10 @@ def models_activate(
 
     registry = Registry(_settings())
     version = registry.activate(registry.key(project), name)
-    typer.echo(f"{version.name} is live for project {version.project}")
+    typer.echo(
+        f"{version.name} is live for project {version.project}; running servers take it up within 5 s"
+        f" (geoprelabel models rollback --project {project} goes back)"
+    )
 
 
 @models_app.command("rollback")
@@ -484,4 +742,71 @@ def models_rollback(project: Annotated[str, typer.Option(help="Project number or
     from .registry import Registry
 
     registry = Registry(_settings())
-    typer.echo(f"{registry.rollback(registry.key(project)) or 'the shipped model'} is live for project {project}")
+    key = registry.key(project)
+    now = registry.rollback(key) or "the shipped model"
+    typer.echo(f"{now} is live for project {project}; all versions stay (geoprelabel models list --project {project})")
+
+
+@weights_app.command("list")
+def weights_list(as_json: AsJson = False) -> None:
+    """The checkpoints there are, where they come from, and which are here.
+
+    Example: geoprelabel weights list
+    """
+    from . import checkpoints
+
+    settings = _settings()
+    listed = [
+        {
+            **asdict(checkpoint),
+            "url": checkpoint.url(),
+            "path": str(settings.sam_dir / checkpoint.file),
+            "is_here": (settings.sam_dir / checkpoint.file).is_file(),
+        }
+        for checkpoint in checkpoints.CHECKPOINTS.values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(listed, indent=2))
+        return
+    table = Table("name", "MB", "licence", "here", "from")
+    for row in listed:
+        size = f"{row['nbytes'] / 1e6:.0f}"
+        table.add_row(row["name"], size, row["licence"], "yes" if row["is_here"] else "", row["url"])
+    Console().print(table)
+
+
+@weights_app.command("get")
+def weights_get(name: Annotated[str, typer.Argument(help="sam_vit_b, sam_vit_l or sam_vit_h.")]) -> None:
+    """Fetch a checkpoint into MODEL_DIR/sam; an interrupted one goes on where it stopped.
+
+    Example: geoprelabel weights get sam_vit_b
+    """
+    from .checkpoints import checkpoint_named, fetch
+
+    settings = _settings()
+    checkpoint = checkpoint_named(name)
+    with _bar(checkpoint.file) as show:
+        path = fetch(
+            checkpoint, settings.sam_dir, mirror=settings.weights_mirror,
+            progress=lambda done_bytes: show(done_bytes / checkpoint.nbytes),
+        )  # fmt: skip
+    typer.echo(f"{path} ({checkpoint.nbytes / 1e6:.0f} MB, {checkpoint.licence})")
+
+
+@weights_app.command("verify")
+def weights_verify(
+    name: Annotated[str, typer.Argument(help="Name of a checkpoint; empty: all that are here.")] = "",
+) -> None:
+    """Compare the files with the published hashes. Exit code 1 where one is wrong, or none is here.
+
+    Example: geoprelabel weights verify
+    """
+    from . import checkpoints
+
+    settings = _settings()
+    named = [checkpoints.checkpoint_named(name)] if name else list(checkpoints.CHECKPOINTS.values())
+    looked_at = [c for c in named if name or (settings.sam_dir / c.file).is_file()]
+    if not looked_at:
+        raise BackendError(f"there is no checkpoint in {settings.sam_dir}; run geoprelabel weights get sam_vit_b")
+    for checkpoint in looked_at:
+        typer.echo(f"{checkpoints.verified(checkpoint, settings.sam_dir)}: as published")

@@ -45,6 +45,9 @@ SHIPPED_WEIGHTS = Path(__file__).resolve().parent.parent / "model_weights" / "co
 ARCHITECTURE = "geoprelabel-compact-1"
 HEADS_KIND = "geoprelabel-heads-1"
 
+_SCORING_FACTORS = 15
+"""Factors that a scoring has: one for each of `backend.instances.FEATURES`, and a constant."""
+
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
 
@@ -438,10 +441,20 @@ def save_weights(net: CompactNet, path: Path, notes: Mapping[str, str]) -> None:
 
 
 def save_heads(
-    heads: Mapping[str, DenseHead], base_version: str, path: Path, notes: Mapping[str, str] | None = None
+    heads: Mapping[str, nn.Module],
+    base_version: str,
+    path: Path,
+    notes: Mapping[str, str] | None = None,
+    *,
+    scoring: Mapping[str, Sequence[float]] | None = None,
+    kind: str = HEADS_KIND,
 ) -> None:
-    """Write a project's heads by label, whole or not at all. They fit the weights of ``base_version`` only."""
-    metadata = {**(notes or {}), "kind": HEADS_KIND, "base": base_version, "labels": json.dumps(list(heads))}
+    """Write a project's heads by label, whole or not at all. They fit the weights of ``base_version`` only.
+
+    ``scoring`` holds the factors of `backend.instances` for labels that have their own.
+    """
+    metadata = {**(notes or {}), "kind": kind, "base": base_version, "labels": json.dumps(list(heads))}
+    metadata["scoring"] = json.dumps({label: list(factors) for label, factors in (scoring or {}).items()})
     tensors = {
         f"{i}.{name}": value.detach().cpu().contiguous()
         for i, head in enumerate(heads.values())
@@ -493,13 +506,19 @@ def _labels(metadata: Mapping[str, str], path: Path) -> tuple[str, ...]:
     return tuple(str(label) for label in labels)
 
 
-def _scoring(metadata: Mapping[str, str], path: Path) -> dict[str, tuple[float, ...]]:
+def read_scoring(metadata: Mapping[str, str], path: Path) -> dict[str, tuple[float, ...]]:
     """By label, the factors that tell how likely a candidate is an object; see `backend.instances`."""
     try:
         listed = json.loads(metadata.get("scoring", "{}"))
-        return {str(label): tuple(float(factor) for factor in factors) for label, factors in listed.items()}
+        scoring = {str(label): tuple(float(factor) for factor in factors) for label, factors in listed.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise BadWeights(f"{path} has a scoring that cannot be read") from error
+    for label, factors in scoring.items():
+        if len(factors) != _SCORING_FACTORS or not all(map(math.isfinite, factors)):
+            raise BadWeights(
+                f"{path} has {len(factors)} factors to score {label} by; {_SCORING_FACTORS} finite ones count"
+            )
+    return scoring
 
 
 def _load_base(path: Path) -> tuple[CompactNet, str]:
@@ -520,7 +539,7 @@ def _load_base(path: Path) -> tuple[CompactNet, str]:
             f"{path} is damaged: its sha256 is {sha256[:8]}…, and {_sha256_path(path).name} says {recorded[:8]}…"
         )
     net = CompactNet(_labels(metadata, path))
-    net.scoring = _scoring(metadata, path)
+    net.scoring = read_scoring(metadata, path)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -528,7 +547,7 @@ def _load_base(path: Path) -> tuple[CompactNet, str]:
     return net, f"compact-{sha256[:8]}"
 
 
-def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], str]:
+def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], dict[str, tuple[float, ...]], str]:
     content, metadata, tensors = _read(path, "a project's heads")
     if metadata.get("kind") != HEADS_KIND:
         raise BadWeights(f"{path} holds {metadata.get('kind', 'weights of an unnamed kind')}, not {HEADS_KIND}")
@@ -544,7 +563,7 @@ def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], st
         except RuntimeError as error:
             raise BadWeights(f"{path} does not fit the network: {str(error).splitlines()[0]}") from error
         heads[label] = head
-    return heads, hashlib.sha256(content).hexdigest()[:8]
+    return heads, read_scoring(metadata, path), hashlib.sha256(content).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,7 +599,9 @@ class CompactSegmenter:
     def __init__(self, net: CompactNet, base_version: str, *, device: str = "cpu") -> None:
         self._device = torch.device(device)
         self._net = net.eval().requires_grad_(False).to(self._device)
+        self._net.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its types
         self._heads: dict[str, DenseHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
+        self._scoring = net.scoring
         self.base_version = base_version
         self.version = base_version
 
@@ -596,16 +617,41 @@ class CompactSegmenter:
 
     def with_heads(self, path: Path) -> CompactSegmenter:
         """The same network with a project's heads: they replace those of the same name, and come after the others."""
-        heads, name = _load_heads(path, self.base_version)
-        new = copy.copy(self)
+        heads, scoring, name = _load_heads(path, self.base_version)
         trained = {label.casefold() for label in heads}
-        new._heads = {label: head for label, head in self._net_heads().items() if label.casefold() not in trained}
-        new._heads |= {label: head.eval().requires_grad_(False).to(self._device) for label, head in heads.items()}
+        kept = {label: head for label, head in self._heads.items() if label.casefold() not in trained}
+        new = self.with_only(kept | heads, {**self._scoring, **scoring})
         new.version = f"{self.base_version}-{name}"
         return new
 
-    def _net_heads(self) -> dict[str, DenseHead]:
-        return dict(zip(self._net.labels, cast("Iterable[DenseHead]", self._net.heads), strict=True))
+    def with_only(
+        self, heads: Mapping[str, DenseHead], scoring: Mapping[str, tuple[float, ...]] | None = None
+    ) -> CompactSegmenter:
+        """The same network and name with these heads alone, and with this scoring where one is given."""
+        new = copy.copy(self)
+        new._heads = {label: head.eval().requires_grad_(False).to(self._device) for label, head in heads.items()}
+        new._scoring = self._scoring if scoring is None else scoring
+        return new
+
+    def new_head(self) -> DenseHead:
+        """A head to be trained, on features ``coarse`` and ``fine`` of an embedding."""
+        return DenseHead()
+
+    def save_heads(
+        self,
+        heads: Mapping[str, DenseHead],
+        path: Path,
+        notes: Mapping[str, str] | None = None,
+        *,
+        scoring: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Write a project's heads by label, whole or not at all; ``with_heads`` reads them."""
+        save_heads(heads, self.base_version, path, notes, scoring=scoring)
+
+    @property
+    def scoring(self) -> Mapping[str, tuple[float, ...]]:
+        """By label, the factors that tell how likely a candidate is an object; see `backend.instances`."""
+        return self._scoring
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -807,7 +853,7 @@ class CompactSegmenter:
             maps[kind, i] = _sigmoid(
                 _resampled(logits[i, kind], np.array([x0, y0]) * cell_xy, cell_xy / 2, left, top, right, bottom)
             )
-        return DenseMaps(self.labels, maps[0], maps[1], self._net.scoring)
+        return DenseMaps(self.labels, maps[0], maps[1], self._scoring)
 
     def _cut(self, embedding: Embedding, name: str, each: int, top: int, left: int, height: int, width: int) -> Tensor:
         """Part of named features, (1, C, h, w); place and size in cells, of which there are ``each`` a coarse one."""

@@ -5,7 +5,9 @@ message looks like, and what Label Studio does with it, is written down in ``doc
 
 One-way decisions:
 
-* Predictions go to ``<PolygonLabels>``. A bare ``<Polygon>`` with a ``<Labels>`` beside it is read back, never written.
+* Predictions go to an image's ``<PolygonLabels>``; where it has none, to its ``<BrushLabels>``, else its
+  ``<BitmaskLabels>``, else its ``<RectangleLabels>`` that are no smart tool, as the same outlines filled or bounded.
+  A bare ``<Polygon>`` with a ``<Labels>`` beside it is read back, never written.
 * ``<Image valueList=…>`` (several pages) and ``<Repeater>`` are refused: nothing says which page a polygon belongs to.
 * Labels from task data (``<PolygonLabels value="$labels">``) are not read; the labels have to stand in the config.
 """
@@ -76,9 +78,13 @@ class Label:
     """Names of the model's classes that mean this label, as the config lists them."""
 
 
+ShapeKind = Literal["polygon", "brush", "bitmask", "rectangle"]
+"""How an answer draws an object; what says more of its shape comes first."""
+
+
 @dataclass(frozen=True, slots=True)
 class PolygonTag:
-    """A ``<PolygonLabels>`` tag on one of its images. A tag with two images in ``toName`` makes two of these."""
+    """A tag that takes answers, on one of its images. A tag with two images in ``toName`` makes two of these."""
 
     from_name: str
     to_name: str
@@ -93,6 +99,9 @@ class PolygonTag:
 
     model_skip: bool = False
     """The project wants no predictions for this tag."""
+
+    kind: ShapeKind = "polygon"
+    """``<PolygonLabels>``, or one of the tags that stand in for it on an image that has none."""
 
     @property
     def image_key(self) -> str:
@@ -178,17 +187,24 @@ def parse_config(xml: str) -> LabelConfig:
     # Label Studio's editor reads tag names in any case.
     named = [(element.tag.casefold(), element) for element in root.iter() if isinstance(element.tag, str)]
     images = {element.get("name", ""): element for kind, element in named if kind == "image"}
-    tags: list[PolygonTag] = []
+    takers: list[tuple[ShapeKind, Element, str]] = []
     prompts: list[PromptTag] = []
     for kind, element in named:
         links = [name for name in _names(element.get("toName")) if name in images]
-        if kind == "polygonlabels":
-            tags += [_polygon_tag(element, name, images[name]) for name in links]
-        elif kind in _PROMPT_KINDS and (_is_true(element, "smart") or _is_true(element, "smartOnly")):
+        if kind in _PROMPT_KINDS and (_is_true(element, "smart") or _is_true(element, "smartOnly")):
             labels, smart_only = _labels(element), _is_true(element, "smartOnly")
             prompts += [
                 PromptTag(element.get("name", ""), name, _PROMPT_KINDS[kind], labels, smart_only) for name in links
             ]
+        elif kind in _SHAPE_KINDS:
+            takers += [(_SHAPE_KINDS[kind], element, name) for name in links]
+    order = list(_SHAPE_KINDS.values())
+    best: dict[str, ShapeKind] = {}
+    for shape, _, name in sorted(takers, key=lambda taker: order.index(taker[0])):
+        best.setdefault(name, shape)
+    tags = [
+        _answer_tag_of(element, name, images[name], shape) for shape, element, name in takers if shape == best[name]
+    ]
     if not tags:
         bare = any(kind == "polygon" for kind, _ in named)
         raise _bad_config(
@@ -226,6 +242,12 @@ def labels_by_tag(xml: str) -> dict[str, frozenset[str]]:
     }
 
 
+_SHAPE_KINDS: dict[str, ShapeKind] = {
+    "polygonlabels": "polygon",
+    "brushlabels": "brush",
+    "bitmasklabels": "bitmask",
+    "rectanglelabels": "rectangle",
+}
 _PROMPT_KINDS: dict[str, Literal["keypoint", "rectangle"]] = {
     "keypoint": "keypoint",
     "keypointlabels": "keypoint",
@@ -251,25 +273,25 @@ def _is_true(element: Element, name: str) -> bool:
     return element.get(name, "").strip().casefold() == "true"
 
 
-def _polygon_tag(element: Element, to_name: str, image: Element) -> PolygonTag:
-    name, image_value = element.get("name", ""), image.get("value", "")
+def _answer_tag_of(element: Element, to_name: str, image: Element, kind: ShapeKind) -> PolygonTag:
+    name, image_value, tag = element.get("name", ""), image.get("value", ""), f"{kind.capitalize()}Labels"
     if not name:
-        raise _bad_config("A PolygonLabels tag has no name")
+        raise _bad_config(f"A {tag} tag has no name")
     if "{{" in name + to_name:
-        raise _bad_config(f"PolygonLabels {name} stands in a Repeater, which is not supported")
+        raise _bad_config(f"{tag} {name} stands in a Repeater, which is not supported")
     if image.get("valueList"):
         raise _bad_config(f'Image {to_name} shows several pages (valueList); only value="$image" is supported')
     if not _VARIABLE.search(image_value):
         raise _bad_config(f'Image {to_name} needs a value such as "$image", got "{image_value}"')
     labels = _labels(element)
     if not labels:
-        raise _bad_config(f"PolygonLabels {name} has no Label; labels from task data are not supported")
+        raise _bad_config(f"{tag} {name} has no Label; labels from task data are not supported")
     # score_threshold is the older name of the same thing.
     text = element.get("model_score_threshold") or element.get("score_threshold")
     threshold = _finite(text)
     if text and (threshold is None or not 0 <= threshold <= 1):
         raise _bad_config(f'model_score_threshold of {name} must be a number from 0 to 1, got "{text}"')
-    return PolygonTag(name, to_name, image_value, labels, threshold, _is_true(element, "model_skip"))
+    return PolygonTag(name, to_name, image_value, labels, threshold, _is_true(element, "model_skip"), kind)
 
 
 def _labels(element: Element) -> tuple[Label, ...]:
@@ -366,6 +388,9 @@ class PromptRequest:
     is_brush: bool = False
     """The prompts were read off a brush stroke: a sketch, not exact clicks."""
 
+    first_id: str = ""
+    """Label Studio's id of the oldest prompt: it stays the same while further clicks refine the answer."""
+
 
 def read_prompts(context: Any, config: LabelConfig, size: tuple[int, int]) -> PromptRequest | None:
     """The prompts of an interactive request; None for a batch request, which has no context.
@@ -375,7 +400,7 @@ def read_prompts(context: Any, config: LabelConfig, size: tuple[int, int]) -> Pr
     becomes the upright box around it. A brush stroke becomes the box around it and a click in the middle of each of
     its three biggest patches. Prompts on another image than the newest prompt's are left out. Raises BadPrompt.
     """
-    items = _prompt_items(context)
+    items = prompt_items(context)
     if items is None:
         return None
     tag, picked = _answer_tag(config, items)
@@ -390,16 +415,51 @@ def read_prompts(context: Any, config: LabelConfig, size: tuple[int, int]) -> Pr
         flags += [_is_positive(item)] * len(clicks)
         box = box if item_box is None else item_box
     prompts = Prompts(np.array(points).reshape(-1, 2), np.array(flags, bool), box, label)
-    return PromptRequest(prompts, tag, label, is_brush=any(_kind_of(item) == "brush" for item in items))
+    is_brush = any(_kind_of(item) == "brush" for item in items)
+    return PromptRequest(prompts, tag, label, is_brush, _id_of(items[0]) if items else "")
 
 
 def prompted_tag(context: Any, config: LabelConfig) -> PolygonTag:
     """The tag that ``read_prompts`` will answer on, for who has to open its image first. Raises BadPrompt."""
-    return _answer_tag(config, _prompt_items(context) or [])[0]
+    return _answer_tag(config, prompt_items(context) or [])[0]
 
 
-def _prompt_items(context: Any) -> list[Mapping[str, Any]] | None:
-    """The prompts on the newest prompt's image, oldest first; None where there is no context."""
+def event_of(context: Any) -> str | None:
+    """What a context asks for instead of a prediction, of ``EVENTS``, or None."""
+    if not isinstance(context, Mapping) or "result" in context:
+        return None
+    return next((event for name in ("event", "type") for event in EVENTS if context.get(name) == event), None)
+
+
+EVENTS = ("capabilities", "prewarm")
+
+
+def capabilities(config: LabelConfig, known_classes: Sequence[str]) -> dict[str, Any]:
+    """What the project's annotators can do with this backend, and what they cannot."""
+    return {
+        "prompts": {"keypoint": True, "negative_keypoint": True, "rectangle": True, "brush": True, "text": False},
+        "results": [
+            {"from_name": tag.from_name, "to_name": tag.to_name, "type": f"{tag.kind}labels"} for tag in config.tags
+        ],
+        "pre_labels": sorted({label for tag in config.wanted_tags for label in tag.match(known_classes).values()}),
+        "interactive": True,
+        "prewarm": True,
+        "training": True,
+        "video": False,
+    }
+
+
+def region_ids_in(task: Any) -> frozenset[str]:
+    """Ids of all regions that are in a task's drafts and annotations already."""
+    if not isinstance(task, Mapping):
+        return frozenset()
+    kept = [each for name in ("drafts", "annotations") if isinstance(task.get(name), list) for each in task[name]]
+    results = [each["result"] for each in kept if isinstance(each, Mapping) and isinstance(each.get("result"), list)]
+    return frozenset(_id_of(region) for listed in results for region in listed if isinstance(region, Mapping))
+
+
+def prompt_items(context: Any) -> list[Mapping[str, Any]] | None:
+    """The prompts on the newest prompt's image, oldest first; None where there is no context. Raises BadPrompt."""
     if not context:
         return None
     if not isinstance(context, Mapping):
@@ -514,12 +574,15 @@ def results_of(
 ) -> list[Result]:
     """Regions as Label Studio draws them, one result each, in order.
 
-    A region keeps its ``id``; one without gets ``region_id`` of the task, the version and its outline. Holes go out
-    bridged, rings open, in percent, unrounded and inside 0–100. Each result carries ``meta``, to which the version is
-    added, since Label Studio loses the one beside the result; the parts of one object are tied by ``meta.object`` and
-    by ``parentID``, the first part's id. What lies outside the tile is left out. A region without a label goes out
-    with an empty list of labels.
+    Where the tag takes no polygons, one result an object: its parts as one mask, or the box around them. A region keeps
+    its ``id``; one without gets ``region_id`` of the task, the version and its outline. Holes go out bridged, rings
+    open, in percent, unrounded and inside 0–100. Each result carries ``meta``, to which the version is added, since
+    Label Studio loses the one beside the result; the parts of one object are tied by ``meta.object`` and by
+    ``parentID``, the first part's id. What lies outside the tile is left out. A region without a label goes out with an
+    empty list of labels.
     """
+    if tag.kind != "polygon":
+        return _whole_results(regions, tag, tile, meta=meta, task_id=task_id, version=version)
     results: list[Result] = []
     first_part: dict[str, str] = {}
     taken: set[str] = set()
@@ -533,23 +596,7 @@ def results_of(
             while identity in taken:  # the same outline twice would be one region with two labels
                 identity = region_id(task_id, version + identity, ring_px)
             taken.add(identity)
-            result: Result = {
-                "id": identity,
-                "from_name": tag.from_name,
-                "to_name": tag.to_name,
-                "type": "polygonlabels",
-                "origin": "prediction",
-                "original_width": tile.size[0],
-                "original_height": tile.size[1],
-                "image_rotation": 0,
-                "value": {
-                    "points": points.tolist(),
-                    "closed": True,
-                    "polygonlabels": [region.label] if region.label else [],
-                },
-            }
-            if region.score is not None and math.isfinite(region.score):
-                result["score"] = min(max(float(region.score), 0.0), 1.0)
+            result = _result(identity, region, tag, tile, {"points": points.tolist(), "closed": True})
             notes = {**(meta or {}), **({"model_version": version} if version else {})}
             if region.object_id:
                 notes["object"] = region.object_id
@@ -560,6 +607,74 @@ def results_of(
                 result["meta"] = notes
             results.append(result)
     return results
+
+
+def _result(identity: str, region: Region, tag: PolygonTag, tile: Tile, value: dict[str, Any]) -> Result:
+    """One entry of the ``result`` list, without ``meta``."""
+    kind = f"{tag.kind}labels"
+    result: Result = {
+        "id": identity,
+        "from_name": tag.from_name,
+        "to_name": tag.to_name,
+        "type": kind,
+        "origin": "prediction",
+        "original_width": tile.size[0],
+        "original_height": tile.size[1],
+        "image_rotation": 0,
+        "value": {**value, kind: [region.label] if region.label else []},
+    }
+    if region.score is not None and math.isfinite(region.score):
+        result["score"] = min(max(float(region.score), 0.0), 1.0)
+    return result
+
+
+def _whole_results(
+    regions: Sequence[Region],
+    tag: PolygonTag,
+    tile: Tile,
+    *,
+    meta: Mapping[str, Any] | None,
+    task_id: Any,
+    version: str,
+) -> list[Result]:
+    """Objects as masks or boxes, one result each, in the order of their first parts."""
+    objects: dict[str, list[Region]] = {}
+    for number, region in enumerate(regions):
+        objects.setdefault(region.object_id or f"\n{number}", []).append(region)
+    notes = {**(meta or {}), **({"model_version": version} if version else {})}
+    width, height = tile.size
+    results: list[Result] = []
+    taken: set[str] = set()
+    for parts in objects.values():
+        polygons = [part for region in parts for part in _within(region.polygon, tile)]
+        if not polygons:
+            continue
+        if tag.kind == "rectangle":
+            left, top, right, bottom = shapely.total_bounds(polygons) / (width, height, width, height) * 100.0
+            value = {"x": left, "y": top, "width": right - left, "height": bottom - top, "rotation": 0}
+        else:
+            mask = vectorize.rasterize(polygons, height, width)
+            if not mask.any():
+                continue
+            is_brush = tag.kind == "brush"
+            value = {"format": "rle", "rle": brush_rle(mask)} if is_brush else {"imageDataURL": bitmask_url(mask)}
+        identity = parts[0].id or region_id(task_id, version, polygons[0])
+        while identity in taken:
+            identity = region_id(task_id, version + identity, polygons[0])
+        taken.add(identity)
+        result = _result(identity, parts[0], tag, tile, value)
+        results.append({**result, "meta": notes} if notes else result)
+    return results
+
+
+def prompt_region_id(task_id: Any, prompt_id: str, part: int = 0) -> str:
+    """Ten URL-safe characters that depend on the task, the first prompt and the number of the part alone.
+
+    Label Studio puts a region in the place of the one with its id, so an answer that further clicks refine replaces
+    the coarser one, also where answers are accepted by themselves.
+    """
+    digest = hashlib.sha256(f"{task_id}\nprompt\n{prompt_id}\n{part}".encode()).digest()
+    return base64.urlsafe_b64encode(digest)[:10].decode()
 
 
 def region_id(task_id: Any, version: str, outline_px: FloatArray | Polygon) -> str:
@@ -577,9 +692,9 @@ def region_id(task_id: Any, version: str, outline_px: FloatArray | Polygon) -> s
 def prediction_of(results: list[Result], *, version: str, score: float | None = None) -> dict[str, Any]:
     """One item of a ``/predict`` answer.
 
-    Label Studio orders tasks by ``score``, the least sure first. Without one it is the mean of the regions' calibrated
-    scores, the share of them that is likely right. A task where nothing was found then has none: an empty tile is no
-    sign of doubt. Never NaN or infinite, which break the interactive call.
+    Label Studio orders tasks by ``score``, the least sure first; for pre-labels it is `instances.expected_f1`. Without
+    one it is the mean of the regions' calibrated scores, and none where there are no regions. Never NaN or infinite,
+    which break the interactive call.
     """
     if score is None:
         scores = [result["score"] for result in results if "score" in result]
@@ -915,7 +1030,37 @@ def _turned(points: FloatArray, degrees: float) -> FloatArray:
     return np.asarray(points @ np.array([(cosine, sine), (-sine, cosine)]), np.float64)
 
 
-# --- Brush ---
+# --- Brush and bitmask ---
+
+_RUN_BITS = (3, 4, 8, 16)
+"""Bits of the four sizes of a run's length: those that Label Studio's own page writes."""
+
+
+def brush_rle(mask: NDArray[np.bool_]) -> list[int]:
+    """A mask, (rows, columns), in Label Studio's run-length code; see ``brush_mask``."""
+    flat = np.ascontiguousarray(mask).ravel()
+    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+    bits = [f"{4 * flat.size:032b}", f"{8 - 1:05b}", *(f"{size - 1:04b}" for size in _RUN_BITS)]
+    longest = 1 << _RUN_BITS[-1]
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), flat.size], strict=True):
+        word, left = f"{255 if flat[start] else 0:08b}", 4 * (end - start)
+        while left:
+            length = min(left, longest)
+            size = next(number for number, size in enumerate(_RUN_BITS) if length <= 1 << size)
+            bits.append(f"1{size:02b}{length - 1:0{_RUN_BITS[size]}b}{word}")
+            left -= length
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+def bitmask_url(mask: NDArray[np.bool_]) -> str:
+    """A mask, (rows, columns), as Label Studio's ``imageDataURL``: a PNG, wholly transparent off the object."""
+    from PIL import Image
+
+    packed = io.BytesIO()
+    Image.fromarray(np.repeat(mask[..., None].astype(np.uint8) * 255, 4, axis=2)).save(packed, "PNG")
+    return _PNG_URL + base64.b64encode(packed.getvalue()).decode()
 
 
 def brush_mask(rle: Any, size: tuple[Any, Any]) -> NDArray[np.bool_]:

@@ -7,9 +7,9 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -20,11 +20,13 @@ from shapely import Polygon
 
 from . import instances, vectorize
 from .coverage import coverage
+from .embeddings import EmbeddingKey, Embeddings
 from .errors import BackendError, UnknownVersion
-from .flight import Gate, SingleFlight
+from .flight import Claim, Gate, SingleFlight
+from .problems import Problems
 from .registry import ModelVersion, Registry
 from .regularize import regularized
-from .segmenter import DenseMaps, Embedding, Prompts, Segmenter
+from .segmenter import DenseMaps, Embedding, Masks, Prompts, Segmenter
 from .settings import Settings
 from .tile import Region
 from .vectorize import VectorizeOptions
@@ -41,8 +43,20 @@ held-out objects 74–100 % were named so at a fit scale, at most 1 % wrongly, a
 BUILDING = "building"
 """The class whose outlines can be made right-angled."""
 
-BATCH, INTERACTIVE = 0, 1
-"""Urgency of work: a person waits for the second."""
+PRE_LABEL_MIN_M2 = 4.0
+"""Automatic objects and holes below this are left out where the tile has a place, in square metres."""
+
+LEAST_AGREEMENT = 0.5
+"""An object keeps its first outline where the one drawn from its box has a lower IoU with it."""
+
+OUTLINED_AT_ONCE = 8
+"""Objects whose outlines are drawn anew before waiting clicks get their turn."""
+
+PRE_LABEL_MIN_PX = 100.0
+"""The same for tiles without a place, in square pixels. A click may be answered with something smaller."""
+
+BATCH, OPENED, INTERACTIVE = 0, 1, 2
+"""Urgency of work: nobody waits for it, a person has opened the task, a person has clicked."""
 
 
 @runtime_checkable
@@ -72,12 +86,35 @@ class Scalable(Protocol):
         ...
 
 
+@runtime_checkable
+class Outlining(Protocol):
+    """A segmenter that outlines an object better from its box than its dense heads do."""
+
+    def outline(self, embedding: Embedding, boxes_xyxy: NDArray[np.float64]) -> Iterable[Masks]:
+        """For each box, (N, 4) in pixel corners, the object in it, as one candidate."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that is ready, and the name that Label Studio knows it by."""
 
     segmenter: Segmenter
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreLabels:
+    """What a model finds on an image by itself."""
+
+    regions: list[Region]
+    """The surest first."""
+
+    chances: list[float]
+    """Of each object, that it is right; an object in parts has several regions."""
+
+    doubt: float
+    """Objects that it left out as unlikely, each counted by its chance."""
 
 
 class Predictor:
@@ -94,7 +131,13 @@ class Predictor:
         self._versions_read = threading.Event()
         self._models: OrderedDict[str, Loaded] = OrderedDict()
         self._models_lock = threading.Lock()
-        self._embeddings = EmbeddingCache(settings.embedding_cache_mb * 2**20)
+        self._problems = Problems(settings.data_dir)
+        self._damaged: set[str] = set()
+        self.embeddings = Embeddings(
+            settings.data_dir / "embeddings",
+            memory_bytes=settings.embedding_cache_mb * 2**20,
+            disk_bytes=settings.embedding_disk_mb * 2**20,
+        )
         self._embedding_flights: SingleFlight[Embedding] = SingleFlight()
         self.gate = Gate()
         self._stop = threading.Event()
@@ -133,7 +176,14 @@ class Predictor:
     def refresh(self) -> None:
         """Look for promotions now rather than within a second."""
         self._versions = self._registry.versions()
+        for version in self._versions:
+            if version.is_champion:
+                self._registry.obtain(version)
         self._champions = {version.project: version for version in self._versions if version.is_champion}
+        with self._models_lock:
+            # What took a damaged version's place is looked at anew: the file may have been put back.
+            for name in [name for name, loaded in self._models.items() if loaded.version != name]:
+                del self._models[name]
         self._versions_read.set()
 
     @property
@@ -149,34 +199,39 @@ class Predictor:
         """Name of the weights that are live for the project; changes exactly when they do."""
         return self.model(project).version
 
-    def model(self, project: str) -> Loaded:
-        """The model that is live for the project. Of a damaged version the shipped weights take the place."""
+    def model(self, project: str, name: str = "") -> Loaded:
+        """The model that is live for the project, or the one of that ``name``.
+
+        A damaged live version is told among the problems, and its parent or the shipped weights take the place. Raises
+        UnknownVersion where the project has no version of that name, and BadWeights where that one is damaged.
+        """
         base = self._base.result()
-        champion = self._champions.get(project)
-        if champion is None:
+        if name == base.version:
+            return Loaded(base, base.version)
+        versions = [version for version in self._versions if version.project == project]
+        wanted = next((v for v in versions if v.name == name), None) if name else self._champions.get(project)
+        if wanted is None:
+            if name:
+                known = ", ".join([*(v.name for v in versions), base.version])
+                raise UnknownVersion(f"project {project} has no model version {name[:80]!r}; it has: {known}")
             return Loaded(base, base.version)
         with self._models_lock:
-            if champion.name in self._models:
-                self._models.move_to_end(champion.name)
-                return self._models[champion.name]
-        try:
-            if not isinstance(base, Trainable):
-                raise UnknownVersion(f"{base.version} takes no heads of a project")
-            loaded = Loaded(base.with_heads(champion.heads_path), champion.name)
-        except (BackendError, OSError) as error:
-            log.error(
-                "version %s of project %s cannot be loaded (%s); serving %s",
-                champion.name,
-                project,
-                error,
-                base.version,
-            )
-            loaded = Loaded(base, base.version)
+            known_model = self._models.get(wanted.name)
+            if known_model and name in ("", known_model.version):
+                self._models.move_to_end(wanted.name)
+                return known_model
+        loaded = _loaded(base, wanted) if name else live_model(base, wanted, versions, self._note_damage)
         with self._models_lock:
-            self._models[champion.name] = loaded
+            self._models[wanted.name] = loaded
             while len(self._models) > 32:
                 self._models.popitem(last=False)
         return loaded
+
+    def _note_damage(self, version: ModelVersion, error: Exception) -> None:
+        if version.name in self._damaged:
+            return
+        self._damaged.add(version.name)
+        self._problems.add(*damage(version, error))
 
     def working_scale(
         self, model: Loaded, image_rgb: NDArray[np.uint8], gsd_m: float | None, classes: Collection[str]
@@ -187,27 +242,45 @@ class Predictor:
         return model.segmenter.working_scale((image_rgb.shape[0], image_rgb.shape[1]), gsd_m, classes)
 
     def embed(
-        self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, *, urgency: int = BATCH, scale: float = 1.0
+        self,
+        model: Loaded,
+        image_rgb: NDArray[np.uint8],
+        key: str,
+        *,
+        urgency: int = BATCH,
+        scale: float = 1.0,
+        claim: Claim | None = None,
     ) -> Embedding:
-        """The image's embedding, from memory where it was made before. ``key`` names the image's content."""
-        base = getattr(model.segmenter, "base_version", model.segmenter.version)
-        if scale != 1:
-            key = f"{key}*{scale:g}"
-        cached = self._embeddings.get((key, base))
+        """The image's embedding, from memory or disk where it was made before. ``key`` names the image's content.
+
+        Raises Replaced where the ``claim`` is replaced before it is there.
+        """
+        name = embedding_key(model, key, scale)
+        cached = self.embeddings.memory.get(name)
         if cached is not None:
             return cached
 
         def compute() -> Embedding:
+            kept = self.embeddings.get(name)
+            if kept is not None:
+                return kept
             with self.gate.entered(urgency=urgency):
                 segmenter = model.segmenter
                 if isinstance(segmenter, Scalable):
                     embedding = segmenter.embed(image_rgb, scale=scale)
                 else:
                     embedding = segmenter.embed(image_rgb)
-            self._embeddings.put((key, base), embedding)
+            self.embeddings.put(name, embedding)
             return embedding
 
-        return self._embedding_flights.do((key, base), compute)
+        return self._embedding_flights.do(name, compute, claim=claim)
+
+    def warm(self, model: Loaded, image_rgb: NDArray[np.uint8], key: str, *, scale: float = 1.0) -> bool:
+        """Have the image's embedding kept for later; whether it had to be made."""
+        if embedding_key(model, key, scale) in self.embeddings:
+            return False
+        self.embed(model, image_rgb, key, scale=scale)
+        return True
 
     def automatic(
         self,
@@ -221,7 +294,7 @@ class Predictor:
         urgency: int = BATCH,
         scale: float = 1.0,
         frame: NDArray[np.float64] | None = None,
-    ) -> list[Region]:
+    ) -> PreLabels:
         """Outlines of everything in the image that the model knows, the surest first; neighbours share their borders.
 
         ``labels`` gives, for each class of the model that is wanted, the label it gets. Objects below ``min_score``
@@ -229,25 +302,22 @@ class Predictor:
         buildings become right-angled where that is as good.
         """
         if not labels:
-            return []
-        dense = self._dense(model, self.embed(model, image_rgb, key, urgency=urgency, scale=scale), urgency)
-        found = [
-            (known, instance)
-            for known in labels
-            for instance in instances.instances(dense, known, least_score=min_score, options=options)
-        ]
-        # Ground that two claim goes to the surer one.
-        found.sort(key=lambda one: -one[1].score)
-        outlines = [list(instance.polygons) for _, instance in found]
-        if frame is not None:
-            size = (image_rgb.shape[1], image_rgb.shape[0])
-            outlines = _squared(outlines, [known == BUILDING for known, _ in found], frame, size)
-        regions: list[Region] = []
-        for number, parts in enumerate(coverage(outlines, options=options)):
-            known, instance = found[number]
-            tie = f"{known}-{number}" if len(parts) > 1 else ""
-            regions += [Region(part, labels[known], instance.score, object_id=tie) for part in parts]
-        return regions
+            return PreLabels([], [], 0.0)
+        embedding = self.embed(model, image_rgb, key, urgency=urgency, scale=scale)
+        dense = self._dense(model, embedding, urgency)
+        segmenter = model.segmenter
+
+        def redrawn(objects: list[list[Polygon]]) -> list[list[Polygon]]:
+            if not isinstance(segmenter, Outlining):
+                return objects
+            done: list[list[Polygon]] = []
+            for start in range(0, len(objects), OUTLINED_AT_ONCE):
+                # A few at a time: a click does not wait for all objects of a tile.
+                with self.gate.entered(urgency=urgency):
+                    done += outlined(segmenter, embedding, objects[start : start + OUTLINED_AT_ONCE], options)
+            return done
+
+        return pre_labels_of(dense, labels, options=options, min_score=min_score, frame=frame, redrawn=redrawn)
 
     def prompted(
         self,
@@ -258,10 +328,14 @@ class Predictor:
         *,
         options: VectorizeOptions,
         scale: float = 1.0,
+        claim: Claim | None = None,
     ) -> list[Region]:
-        """The outline of the object that clicks and box mean, without a label; its parts share an ``object_id``."""
-        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale)
-        with self.gate.entered(urgency=INTERACTIVE):
+        """The outline of the object that clicks and box mean, without a label; its parts share an ``object_id``.
+
+        Raises Replaced where the ``claim`` is replaced before its turn.
+        """
+        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale, claim=claim)
+        with self.gate.entered(urgency=INTERACTIVE, claim=claim):
             masks = model.segmenter.segment(embedding, prompts)
         polygons = vectorize.polygons(masks.probabilities[0], options=options)
         tie = "prompted" if len(polygons) > 1 else ""
@@ -276,15 +350,16 @@ class Predictor:
         among: Collection[str],
         *,
         scale: float = 1.0,
+        claim: Claim | None = None,
     ) -> str | None:
         """The model's class, of those in ``among``, that is likeliest under the outlines; None where none is likely."""
         if not among or not regions:
             return None
-        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale)
+        embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale, claim=claim)
         outlines = [region.polygon for region in regions]
         reach = max(2, round(0.25 * math.sqrt(sum(outline.area for outline in outlines))))
         window = _window_xyxy(outlines, reach, embedding.image_hw)
-        with self.gate.entered(urgency=INTERACTIVE):
+        with self.gate.entered(urgency=INTERACTIVE, claim=claim):
             dense = model.segmenter.dense(embedding, window_xyxy=window)
         left, top, right, bottom = window
         local = [shapely.transform(outline, lambda xy: xy - (left, top)) for outline in outlines]
@@ -315,15 +390,113 @@ class Predictor:
 
     def _follow_promotions(self) -> None:
         seen: object = object()
+        told = ""
         while not self._stop.is_set():
             try:
                 now = self._registry.fingerprint()
                 if now != seen:
                     self.refresh()
                     seen = now
-            except Exception:
-                log.exception("the model registry cannot be read; serving the versions known so far")
+            except Exception as error:
+                # Once for each reason: this comes by every second.
+                if str(error) != told:
+                    told = str(error)
+                    log.exception("the model registry cannot be read")
+                    self._problems.add("model registry", f"{error or type(error).__name__}; it cannot be read")
             self._stop.wait(REFRESH_S)
+
+
+def pre_labels_of(
+    dense: DenseMaps,
+    labels: Mapping[str, str],
+    *,
+    options: VectorizeOptions,
+    min_score: float,
+    frame: NDArray[np.float64] | None = None,
+    redrawn: Callable[[list[list[Polygon]]], list[list[Polygon]]] = lambda objects: objects,
+) -> PreLabels:
+    """What `Predictor.automatic` gives, from a tile's maps; ``redrawn`` may better the objects' outlines."""
+    by_class = {known: instances.find(dense, known, least_score=min_score, options=options) for known in labels}
+    found = [(known, instance) for known, of_class in by_class.items() for instance in of_class.instances]
+    # Ground that two claim goes to the surer one.
+    found.sort(key=lambda one: -one[1].score)
+    outlines = redrawn([list(instance.polygons) for _, instance in found])
+    if frame is not None:
+        size = (dense.probabilities.shape[2], dense.probabilities.shape[1])
+        outlines = _squared(outlines, [known == BUILDING for known, _ in found], frame, size)
+    regions: list[Region] = []
+    for number, parts in enumerate(coverage(outlines, options=options)):
+        known, instance = found[number]
+        tie = f"{known}-{number}" if len(parts) > 1 else ""
+        regions += [Region(part, labels[known], instance.score, object_id=tie) for part in parts]
+    doubt = sum(of_class.doubt for of_class in by_class.values())
+    return PreLabels(regions, [instance.score for _, instance in found], doubt)
+
+
+def outlined(
+    segmenter: Outlining, embedding: Embedding, objects: Sequence[list[Polygon]], options: VectorizeOptions
+) -> list[list[Polygon]]:
+    """Objects in parts, each as the segmenter outlines what is in its box, where the two agree on what that is."""
+    boxes = np.array([shapely.total_bounds(parts) for parts in objects]).reshape(-1, 4)
+    better = []
+    for parts, masks in zip(objects, segmenter.outline(embedding, boxes), strict=True):
+        drawn = vectorize.polygons(masks.probabilities[0], options=options)
+        one, other = shapely.union_all(parts), shapely.union_all(drawn)
+        agree = one.intersection(other).area >= LEAST_AGREEMENT * one.union(other).area
+        better.append(drawn if agree and drawn else parts)
+    return better
+
+
+def pre_label_options(gsd_m: float | None) -> VectorizeOptions:
+    """What is too small to pre-label: by its area on the ground where known, and what no network sees anyway."""
+    if gsd_m is None:
+        return VectorizeOptions(min_area_px=PRE_LABEL_MIN_PX)
+    on_ground = VectorizeOptions.for_gsd(gsd_m, min_area_m2=PRE_LABEL_MIN_M2, min_hole_m2=PRE_LABEL_MIN_M2)
+    plain = VectorizeOptions()
+    return replace(
+        on_ground,
+        min_area_px=max(on_ground.min_area_px, plain.min_area_px),
+        min_hole_px=max(on_ground.min_hole_px, plain.min_hole_px),
+    )
+
+
+def live_model(
+    base: Segmenter,
+    version: ModelVersion | None,
+    versions: Iterable[ModelVersion],
+    on_damage: Callable[[ModelVersion, Exception], None],
+) -> Loaded:
+    """The version, ready to serve; where it is damaged its parent, that one's parent, …, at last the shipped weights.
+
+    ``on_damage`` is told of each version that is passed over.
+    """
+    by_name = {(known.project, known.name): known for known in versions}
+    passed_over = set()
+    while version is not None and version.name not in passed_over:
+        try:
+            return _loaded(base, version)
+        except (BackendError, OSError) as error:
+            on_damage(version, error)
+            passed_over.add(version.name)
+        version = by_name.get((version.project, version.parent))
+    return Loaded(base, base.version)
+
+
+def damage(version: ModelVersion, error: Exception) -> tuple[str, str]:
+    """Where something is wrong with a live version, and what, with the ways out: for the status page."""
+    number = version.project.split(".")[0]
+    return f"model version {version.name}, project {number}", (
+        f"{error}; an older version serves the project until it is trained again or another one is activated"
+        f" (geoprelabel models list --project {number})"
+    )
+
+
+def _loaded(base: Segmenter, version: ModelVersion) -> Loaded:
+    """Raises BadWeights where its file is not what was registered, or fits other weights than those loaded."""
+    if not isinstance(base, Trainable):
+        raise UnknownVersion(f"{base.version} takes no heads of a project")
+    version.check()
+    return Loaded(base.with_heads(version.heads_path), version.name)
 
 
 def _squared(
@@ -359,37 +532,9 @@ def _grown(mask: NDArray[np.bool_], reach_px: int) -> NDArray[np.bool_]:
     return np.asarray(ndimage.distance_transform_edt(~mask) <= reach_px)
 
 
-class EmbeddingCache:
-    """The embeddings used last, bounded by the memory they take."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._items: OrderedDict[tuple[str, str], Embedding] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, str]) -> Embedding | None:
-        """The embedding of that image and those weights, or None."""
-        with self._lock:
-            found = self._items.get(key)
-            if found is not None:
-                self._items.move_to_end(key)
-            return found
-
-    def put(self, key: tuple[str, str], embedding: Embedding) -> None:
-        """Keep an embedding, at the cost of those not used for longest."""
-        with self._lock:
-            old = self._items.pop(key, None)
-            self._bytes += embedding.nbytes - (old.nbytes if old else 0)
-            self._items[key] = embedding
-            while self._bytes > self._max_bytes and self._items:
-                _, dropped = self._items.popitem(last=False)
-                self._bytes -= dropped.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in use, in bytes."""
-        return self._bytes
+def embedding_key(model: Loaded, image_key: str, scale: float) -> EmbeddingKey:
+    """What names the embedding of an image, for all projects whose heads stand on the same weights."""
+    return EmbeddingKey(image_key, getattr(model.segmenter, "base_version", model.segmenter.version), scale)
 
 
 def warmed_up(segmenter: Segmenter) -> Segmenter:
@@ -404,12 +549,17 @@ def warmed_up(segmenter: Segmenter) -> Segmenter:
 
 
 def load_segmenter(settings: Settings) -> Segmenter:
-    """The segmenter that settings name. Raises BadWeights, or BackendError where there is none of that name yet."""
+    """The segmenter that settings name. Raises BadWeights, which says how to get what is missing."""
     if settings.segmenter == "compact":
         # torch takes a second to import: not before it is needed.
         from .compact import CompactSegmenter
 
         return CompactSegmenter.load(device=settings.device)
-    raise BackendError(
-        f"GEOPRELABEL_SEGMENTER={settings.segmenter} is not in this release yet; compact is the one that is"
-    )
+    from .checkpoints import checkpoint_named, verified
+    from .sam import SamSegmenter
+
+    if settings.sam_checkpoint is not None:
+        return SamSegmenter.load(settings.sam_checkpoint, name=settings.segmenter, device=settings.device)
+    checkpoint = checkpoint_named(settings.segmenter)
+    path = verified(checkpoint, settings.sam_dir)
+    return SamSegmenter.load(path, name=checkpoint.name, device=settings.device, sha256=checkpoint.sha256)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import datamanager, labelstudio
 from .client import LabelStudio
-from .errors import BackendError
+from .errors import BackendError, BadConfig
 from .service import parsed_config
 from .settings import Settings
 
@@ -35,6 +36,9 @@ class Pushed:
     backend_id: int | None
     """Label Studio's number of the connected backend; None where it was not to be connected."""
 
+    warnings: tuple[str, ...] = ()
+    """What is not as it was asked for; sentences with the way out."""
+
 
 def push(
     label_studio: LabelStudio,
@@ -49,19 +53,26 @@ def push(
     """Create or reuse the project of that title, import what it lacks, connect the backend.
 
     Run twice it adds nothing. Tasks that carry predictions get them through Label Studio's bulk import, and the number
-    it took is checked. Raises BadConfig, LabelStudioError.
+    it took is checked. The Data Manager gets a tab of what needs a person most. A project that is there keeps its label
+    config; a warning says where it is another one. Raises BadConfig, LabelStudioError.
     """
     parsed_config(label_config)
     progress(0.0, "project")
     project = project_of(label_studio, title, label_config)
     project_id = int(project["id"])
+    differs = config_difference(project.get("label_config"), label_config)
     present = {_identity(task["data"]) for task in label_studio.tasks(project_id)}
     new = [task for task in tasks if _identity(task["data"]) not in present]
     if backend_url:
         progress(0.1, "connecting the backend")
     secret = settings.webhook_secret.get_secret_value()
     auth = (settings.basic_auth_user, settings.basic_auth_pass.get_secret_value()) if settings.has_basic_auth else None
-    connection = label_studio.connect(project_id, backend_url, secret=secret, basic_auth=auth) if backend_url else None
+    connection = None
+    if backend_url:
+        there = [one for one in label_studio.ml_backends(project_id) if _same_url(one.get("url"), backend_url)]
+        name = str(there[0]["title"]) if there and there[0].get("title") else datamanager.TITLE
+        connection = label_studio.connect(project_id, backend_url, secret=secret, title=name, basic_auth=auth)
+        datamanager.title_backends(label_studio, project_id)
     ids = label_studio.import_tasks(
         project_id,
         [{"data": task["data"]} for task in new],
@@ -74,6 +85,9 @@ def push(
     ]
     progress(0.8, "predictions")
     count = label_studio.import_predictions(project_id, predictions) if predictions else 0
+    if predictions:
+        datamanager.show_scores(label_studio, project_id, str(predictions[-1].get("model_version") or ""))
+    datamanager.show_tab(label_studio, project_id)
     progress(1.0, "done")
     return Pushed(
         project_id,
@@ -82,6 +96,7 @@ def push(
         len(tasks) - len(new),
         count,
         connection.backend_id if connection else None,
+        (f"project {title!r} keeps its own label config, which is not the one given: {differs}",) if differs else (),
     )
 
 
@@ -95,6 +110,28 @@ def project_of(label_studio: LabelStudio, title: str, label_config: str) -> dict
         return found[0]
     # Predictions are for the annotator to mend, so they are shown; and a task once labelled is done.
     return label_studio.create_project(title, label_config, show_collab_predictions=True, maximum_annotations=1)
+
+
+def config_difference(now: Any, wanted: str) -> str:
+    """In what a project's label config differs from the one wanted, with the way out; empty where it does not."""
+    if not isinstance(now, str) or now.split() == wanted.split():
+        return ""
+    way_out = "to change it, paste the other one under Settings, Labeling Interface"
+    try:
+        there, asked = labelstudio.labels_by_tag(now), labelstudio.labels_by_tag(wanted)
+    except BadConfig as error:
+        return f"{error}; {way_out}"
+    said = []
+    for what, names in (("lacks", asked.keys() - there.keys()), ("also has", there.keys() - asked.keys())):
+        said += [f"it {what} the tag {name}" for name in sorted(names)]
+    for tag in sorted(asked.keys() & there.keys()):
+        for what, labels in (("lacks", asked[tag] - there[tag]), ("also has", there[tag] - asked[tag])):
+            said += [f"{tag} {what} {', '.join(sorted(labels))}"] if labels else []
+    return f"{'; '.join(said) or 'its text'}; {way_out}"
+
+
+def _same_url(one: Any, other: str) -> bool:
+    return isinstance(one, str) and one.rstrip("/") == other.rstrip("/")
 
 
 def _identity(data: Mapping[str, Any]) -> str:

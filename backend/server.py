@@ -34,13 +34,15 @@ from .errors import (
     BadConfig,
     BadImage,
     BadRequest,
+    Busy,
     ImageRefused,
     LabelStudioDenied,
     LabelStudioError,
     UnknownVersion,
 )
 from .findings import Finding
-from .service import PredictRequest, Service
+from .segmenter import Segmenter
+from .service import PredictRequest, Service, project_key
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ _STATUS: tuple[tuple[type[BackendError], int], ...] = (
 )
 
 _TILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_XYZ_TILE = re.compile(r"\d{1,2}/\d{1,10}/\d{1,10}\.(?:jpg|png|webp)")
 
 
 def create_app(settings: Settings | None = None, service: Service | None = None) -> Flask:
@@ -141,7 +144,10 @@ def _control_routes(app: Flask, service: Service, metrics: Metrics) -> None:
 
     @app.route("/versions", methods=["GET", "POST"])
     def versions() -> Response:
-        return _json({"versions": service.versions()})
+        # Label Studio asks without saying for which project; whoever posts may say.
+        body = _body() if request.method == "POST" and request.get_data() else None
+        project = body.get("project") if isinstance(body, dict) else None
+        return _json({"versions": service.versions(project_key(project) if project else None)})
 
     def webhook() -> Response:
         body = _body()
@@ -176,9 +182,9 @@ def _predict_route(app: Flask, service: Service, metrics: Metrics) -> None:
 
 
 def _tile_route(app: Flask, folder: Path) -> None:
-    @app.get("/tiles/<scene>/<tile>")
+    @app.get("/tiles/<scene>/<path:tile>")
     def tiles(scene: str, tile: str) -> Response:
-        if not _TILE.fullmatch(scene) or not _TILE.fullmatch(tile):
+        if not _TILE.fullmatch(scene) or not (_TILE.fullmatch(tile) or _XYZ_TILE.fullmatch(tile)):
             return reasoned(404, "no such tile")
         answer = send_from_directory(folder / scene, tile, conditional=True, max_age=3600)
         # Label Studio draws tiles on a canvas of another origin.
@@ -231,7 +237,10 @@ def _error_handlers(app: Flask, service: Service) -> None:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         if request.endpoint != "predict":
             service.problems.add(f"{request.method} {request.path}", error)
-        return reasoned(status, str(error))
+        answer = reasoned(status, str(error))
+        if isinstance(error, Busy):
+            answer.headers["Retry-After"] = "1"
+        return answer
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> Response:
@@ -260,6 +269,14 @@ class Metrics:
             "geoprelabel_findings_total", "Things wrong with annotations, when first seen", ["reason"],
             registry=self._registry,
         )  # fmt: skip
+        self._pre_labels = Gauge(
+            "geoprelabel_prelabels", "Pre-labels of submitted annotations by what became of them",
+            ["project", "version", "outcome"], registry=self._registry, multiprocess_mode="mostrecent",
+        )  # fmt: skip
+        self._edit_distance = Gauge(
+            "geoprelabel_edit_distance", "Mean 1 - IoU of pre-labels that were kept and what was submitted of them",
+            ["project", "version"], registry=self._registry, multiprocess_mode="mostrecent",
+        )  # fmt: skip
         self._ready = Gauge(
             "geoprelabel_ready", "Whether the model is loaded", registry=self._registry, multiprocess_mode="mostrecent"
         )
@@ -269,6 +286,19 @@ class Metrics:
             registry=self._registry,
             multiprocess_mode="livesum",
         )
+        self._training = {
+            name: Gauge(
+                f"geoprelabel_training_{name}", text, ["project"], registry=self._registry,
+                multiprocess_mode="mostrecent",
+            )
+            for name, text in {
+                "running": "Whether the project's model is being trained",
+                "failed": "Whether the project's newest training failed",
+                "progress": "How far the newest training is, 0 to 1",
+                "duration_seconds": "How long the newest training took, or has taken so far",
+                "changes": "Annotations changed since the newest training began",
+            }.items()
+        }  # fmt: skip
 
     def count(self, asked: PredictRequest, results: list[Any] | None) -> None:
         """Note what became of a request's tasks; None for a request that failed."""
@@ -286,6 +316,16 @@ class Metrics:
         """All metrics as text, those of the other server processes included."""
         self._ready.set(service.predictor.is_ready)
         self._waiting.set(service.predictor.gate.waiting)
+        for project, facts in service.acceptance.facts().items():
+            for version in facts["versions"]:
+                for outcome in ("unchanged", "edited", "deleted", "clicked", "drawn"):
+                    self._pre_labels.labels(project, version["name"], outcome).set(version[outcome])
+                self._edit_distance.labels(project, version["name"]).set(version["edit_distance"] or 0)
+        for project, run in service.jobs.runs().items():
+            values = {"running": run.state == "training", "failed": run.state == "failed", "progress": run.progress,
+                      "duration_seconds": run.duration_s, "changes": service.jobs.ask(project).changes}  # fmt: skip
+            for name, value in values.items():
+                self._training[name].labels(project).set(value)
         shown = self._registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             shown = CollectorRegistry()
@@ -305,8 +345,12 @@ def _clock(app: Flask, metrics: Metrics) -> None:
         return answer
 
 
-def serve(settings: Settings) -> None:
-    """Run the server until it is stopped: gunicorn, WORKERS processes of THREADS threads."""
+def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
+    """Run the server until it is stopped: gunicorn, WORKERS processes of THREADS threads.
+
+    On SIGTERM it takes no more requests, and ends once those that it has are answered. ``segmenter`` takes the place of
+    the one that settings name.
+    """
     from gunicorn.app.base import BaseApplication
 
     class Server(BaseApplication):  # type: ignore[misc]
@@ -329,6 +373,6 @@ def serve(settings: Settings) -> None:
                     self.cfg.set(name, value)
 
         def load(self) -> Flask:
-            return create_app(settings)
+            return create_app(settings, Service(settings, segmenter=segmenter))
 
     Server().run()

@@ -6,9 +6,10 @@ import functools
 import json
 import logging
 import re
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,16 +17,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from . import labelstudio, validation
+from filelock import FileLock
+
+from . import datamanager, labelstudio, validation
+from .acceptance import Acceptance
 from .annotations import tasks_in
-from .client import LabelStudio
-from .errors import BackendError, BadRequest, BadTile, LabelStudioError
+from .boxes import LastBoxes
+from .client import LabelStudio, NotFound
+from .errors import BackendError, BadRequest, BadTile, Busy, LabelStudioError
+from .everything import EverythingOptions, Proposer, everything, regions_of
 from .findings import Finding, Findings
-from .flight import SingleFlight
+from .flight import Claim, Claims, FairPool, Replaced, Room, SingleFlight
 from .images import Image, ImageStore
+from .instances import expected_f1
 from .jobs import Jobs
+from .journal import Journal
 from .labelstudio import LabelConfig, PolygonTag, PromptRequest
-from .predictor import BUILDING, Loaded, Predictor
+from .predictor import BATCH, BUILDING, OPENED, Loaded, Predictor, load_segmenter, pre_label_options
 from .problems import Problems
 from .registry import Registry
 from .regularize import metric_frame, regularized
@@ -40,14 +48,17 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
+TITLE_AFTER_S = 3.0
+"""A new version's name is written into Label Studio so long after it asked for it, in seconds."""
+
+MAX_WARMING = 10_000
+"""More work than this in line, and no further embeddings are made ahead."""
+
 LOADING_S = 2.5
 """How long /setup waits for the model at start, in seconds: Label Studio gives it three."""
 
-PRE_LABEL_MIN_M2 = 4.0
-"""Automatic objects and holes below this are left out where the tile has a place, in square metres."""
-
-PRE_LABEL_MIN_PX = 100.0
-"""The same for tiles without a place, in square pixels. A click may be answered with something smaller."""
+RECONCILE_PAUSE_S = 30.0
+"""Between two readings of all annotations at least, in seconds; more where Label Studio does not answer."""
 
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHANGES = {
@@ -69,6 +80,9 @@ class PredictRequest:
     context: Mapping[str, Any] | None
     """An annotator's prompts; None or empty for automatic pre-labels."""
 
+    model_version: str = ""
+    """The version that is to answer; empty: the one that is live for the project."""
+
     @classmethod
     def from_json(cls, body: Any) -> PredictRequest:
         """Read a request's body. Raises BadRequest with what is wrong."""
@@ -84,7 +98,10 @@ class PredictRequest:
         label_config = body.get("label_config")
         if not isinstance(label_config, str) or not label_config.strip():
             raise BadRequest("label_config is missing")
-        return cls(tasks, project_key(body.get("project")), label_config, context)
+        version = body.get("model_version") or (params.get("model_version") if isinstance(params, Mapping) else None)
+        if version is not None and not isinstance(version, str):
+            raise BadRequest(f"model_version must be a text, got {type(version).__name__}")
+        return cls(tasks, project_key(body.get("project")), label_config, context, version or "")
 
 
 class Service:
@@ -96,24 +113,38 @@ class Service:
         self.registry = Registry(settings)
         self.predictor = Predictor(settings, self.registry, segmenter=segmenter)
         self.jobs = Jobs(settings)
+        self.journal = Journal(settings)
         self.problems = Problems(settings.data_dir)
         self.findings = Findings(settings.data_dir)
+        self.acceptance = Acceptance(settings, self.journal, self.problems)
         self.reviews = Reviews(settings, self.findings, self.problems, lambda: client_of(settings))
         self.images = ImageStore(settings, client_of(settings) if settings.label_studio_url else None)
-        self._answers: SingleFlight[list[Json]] = SingleFlight()
-        # Two: one tile's image is fetched and its outlines traced while the model is at another's.
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tile")
+        self._answers: SingleFlight[tuple[list[Json], list[float], float]] = SingleFlight()
+        # Two a project: one tile's image is fetched and its outlines traced while the model is at another's.
+        self._pool = FairPool(3, name="tile")
+        self._claims = Claims()
+        self._boxes = LastBoxes(settings.data_dir / "boxes")
+        # Some request threads stay free for the control routes, however much is asked to be predicted.
+        self._places = Room(settings.threads - min(4, max(1, settings.threads // 4)))
+        self._batch_places = Room(max(1, settings.threads // 4))
         self._untrained: dict[str, tuple[str, ...]] = {}
+        self._titled: dict[str, str] = {}
+        self._errands = ThreadPoolExecutor(max_workers=1, thread_name_prefix="errand")
+        self._closing = threading.Event()
         self.started = time.time()
 
     def start(self) -> None:
-        """Load the model and follow promotions, in the background."""
+        """Load the model, follow promotions, and go on with training that is asked for, in the background."""
         self.predictor.start()
+        for work in (lambda: self.jobs.tend(self._closing), self._follow_label_studio):
+            threading.Thread(target=work, name="training-desk", daemon=True).start()
 
     def close(self) -> None:
         """Finish what runs and let go of everything."""
+        self._closing.set()
+        self._errands.shutdown(wait=True, cancel_futures=True)
         self.reviews.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
         self.predictor.stop()
 
     # --- What Label Studio asks ---
@@ -128,28 +159,62 @@ class Service:
             self.predictor.wait(LOADING_S)
             self._note_untrained_labels(project_key(project), config)
         self.predictor.wait(LOADING_S)
-        return self.predictor.version(project_key(project))
+        version = self.predictor.version(project_key(project))
+        self._keep_title(project_key(project), version)
+        return version
 
     def predict(self, request: PredictRequest) -> tuple[list[Any], str]:
         """One item a task, in order: a prediction, or ``[]`` for a task that failed or for which no time was left.
 
         Also the version that made them. Raises BackendError where a single interactive request fails, as there is
-        nothing else to answer.
+        nothing else to answer, and Busy where more is asked at once than there are threads for.
         """
+        with ExitStack() as stack:
+            rooms = [self._batch_places, self._places] if len(request.tasks) > 1 else [self._places]
+            if not all([stack.enter_context(room.place()) for room in rooms]):
+                return self._turned_away(request)
+            return self._predict(request)
+
+    def _turned_away(self, request: PredictRequest) -> tuple[list[Any], str]:
+        """What Label Studio asks again later: an empty list for each task of a batch. Raises Busy for all else."""
+        busy = Busy("more predictions are asked for than THREADS can answer at once; try again in a moment")
+        self.problems.add(f"predict, project {request.project}", busy)
+        if len(request.tasks) < 2 or not self.predictor.is_ready:
+            raise busy
+        return [[] for _ in request.tasks], self.predictor.model(request.project, request.model_version).version
+
+    def _predict(self, request: PredictRequest) -> tuple[list[Any], str]:
         deadline = time.monotonic() + self.settings.predict_budget_s
         config = parsed_config(request.label_config)
         self.predictor.wait(self.settings.predict_budget_s)
-        model = self.predictor.model(request.project)
+        model = self.predictor.model(request.project, request.model_version)
+        if event := labelstudio.event_of(request.context):
+            return [self._answer_event(event, model, config, request, task) for task in request.tasks], model.version
         if request.context and len(request.tasks) == 1:
             task = request.tasks[0]
             where = f"interactive predict, {_named(task, request.project)}"
             try:
-                return [self._answer_prompt(model, config, task, request.context)], model.version
+                with self._claims.made((request.project, _drawn_by(task), _key_of(task))) as claim:
+                    return [self._answer_prompt(model, config, request, task, claim)], model.version
+            except Replaced:
+                # A newer click on the task has come, and only the newest answer is drawn.
+                return [labelstudio.prediction_of([], version=model.version)], model.version
             except BackendError as error:
                 self.problems.add(where, error)
                 raise
         results = self._predict_batch(model, config, request, deadline)
         return results, model.version
+
+    def _answer_event(
+        self, event: str, model: Loaded, config: LabelConfig, request: PredictRequest, task: Mapping[str, Any]
+    ) -> Json:
+        """What a client that asks more than predictions is told; it gets no regions."""
+        answer = labelstudio.prediction_of([], version=model.version)
+        if event == "capabilities":
+            return {**answer, "capabilities": labelstudio.capabilities(config, model.segmenter.labels)}
+        if self._pool.waiting < MAX_WARMING:
+            self._pool.submit(("warm", request.project), lambda: self._warmed(model, config, request.project, task))
+        return answer
 
     def event(self, payload: Mapping[str, Any]) -> Json:
         """React to a webhook event, at once. Raises BadRequest where it names no action or project."""
@@ -158,16 +223,66 @@ class Service:
             raise BadRequest("the event names no action")
         project = project_key_of(payload.get("project"))
         if action == "START_TRAINING":
-            started = self.jobs.start(project)
+            started = self._asked(project, lambda: self.jobs.start(project))
             return {"job": project, "status": "started" if started else "already training; goes on with what is new"}
+        if action in _CHANGES:
+            for task in _tasks_of(payload):
+                self._boxes.forget(project, task)
+        self.journal.note(project, payload)
         if action == "ANNOTATION_UPDATED" and self.reviews.is_own(payload.get("annotation")):
             return {"status": "our own note"}
         self.reviews.note(payload, project)
         if action in _CHANGES:
             count = _changed(payload.get(_CHANGES[action]))
-            started = self.jobs.changed(project, count) if count else False
+            started = self._asked(project, lambda: self.jobs.changed(project, count)) if count else False
             return {"job": project, "status": "started" if started else "noted"}
         return {"status": "ignored"}
+
+    def _asked(self, project: str, ask: Callable[[], bool]) -> bool:
+        """Whether a training was started; a full disk must not be an annotator's trouble."""
+        try:
+            return ask()
+        except OSError as error:
+            self.journal.has_missed = True
+            self.problems.add(f"training, project {project}", f"{error}; Label Studio will be asked what was missed")
+            return False
+
+    def _follow_label_studio(self) -> None:
+        """Reconcile all journals after the start, and again whenever an event could not be written down."""
+        while not self.predictor.is_ready:
+            if self._closing.wait(0.2):
+                return
+        self.journal.warm_up()
+        pause_s, is_due = 0.0, True
+        while self.settings.label_studio_url and not self._closing.wait(pause_s):
+            if not is_due and not self.journal.has_missed:
+                continue
+            try:
+                self.journal.has_missed = False
+                self._reconcile()
+                pause_s, is_due = RECONCILE_PAUSE_S, False
+            except (BackendError, OSError) as error:
+                self.problems.add("reading annotations from Label Studio", error)
+                pause_s, is_due = min(max(pause_s * 2, RECONCILE_PAUSE_S), 600.0), True
+
+    def _reconcile(self) -> None:
+        """Have every project's journal say what Label Studio says, and ask for training where enough was missed."""
+        projects = [project for project in self.journal.projects() if project.split(".")[0].isdigit()]
+        if not projects:
+            return
+        # In turn, or what several server processes find missing would be counted by each.
+        with FileLock(self.settings.data_dir / "reconcile.lock"), client_of(self.settings) as label_studio:
+            for project in projects:
+                number = int(project.split(".")[0])
+                try:
+                    if project_key_of(label_studio.project(number)) != project:
+                        continue
+                except NotFound:
+                    continue
+                changes = self.journal.reconcile(project, label_studio.tasks(number, only_annotated=True)).changes
+                if changes:
+                    log.info("project %s: %d annotations had changed unnoticed", project, changes)
+                    self.jobs.changed(project, changes)
 
     def versions(self, project: str | None = None) -> list[str]:
         """Names of all model versions, newest first, the shipped weights last."""
@@ -187,6 +302,8 @@ class Service:
             "label_studio": self.settings.label_studio_url or None,
             "has_token": bool(self.settings.label_studio_api_key.get_secret_value()),
             "waiting": self.predictor.gate.waiting,
+            "embeddings_mb": {"memory": round(self.predictor.embeddings.memory.nbytes / 2**20, 1),
+                              "disk": round(self.predictor.embeddings.disk.nbytes / 2**20, 1)},
             # Nothing is invented for a label that the model does not know: it gets no pre-labels until it was trained.
             "untrained_labels": {project: list(labels) for project, labels in self._untrained.items() if labels},
             "versions": [
@@ -196,8 +313,10 @@ class Service:
             ],
             "training": {project: {"state": run.state, "message": run.message, "progress": run.progress,
                                    "started": run.started, "finished": run.finished, "version": run.version,
+                                   "duration_s": round(run.duration_s, 1),
                                    "changes_since": self.jobs.ask(project).changes}
                          for project, run in self.jobs.runs().items()},
+            "acceptance": self.acceptance.facts(),
             "checks_waiting": self.reviews.waiting,
             "finding_counts": self.findings.counts(),
             "findings": [{"when": kept.checked, "project": kept.project, "task": kept.finding.task,
@@ -207,6 +326,27 @@ class Service:
                          for kept in self.findings.recent()],
             "problems": [{"when": p.when, "where": p.where, "message": p.message} for p in self.problems.recent()],
         }  # fmt: skip
+
+    def _keep_title(self, project: str, version: str) -> None:
+        """Have the backend's title in Label Studio follow the live version, later: see `datamanager`."""
+        number, token = project.split(".")[0], self.settings.label_studio_api_key.get_secret_value()
+        if self._titled.get(project) == version or not number.isdigit() or number == "0":
+            return
+        if not self.settings.label_studio_url or not token:
+            return
+        self._titled[project] = version
+
+        def errand() -> None:
+            # Label Studio stores what it knows of us once it has our answer, the old title included.
+            if self._closing.wait(TITLE_AFTER_S):
+                return
+            try:
+                with client_of(self.settings) as label_studio:
+                    datamanager.title_backends(label_studio, int(number))
+            except BackendError as error:
+                self.problems.add(f"title of the backend, project {project}", error)
+
+        self._errands.submit(errand)
 
     def _task_url(self, project: str, finding: Finding) -> str | None:
         """Where Label Studio shows what was found: its own "Copy Region Link"."""
@@ -232,34 +372,74 @@ class Service:
         model = self.predictor.model(project)
         pending: list[tuple[Mapping[str, Any], Future[Json | None]]] = []
         for task in tasks:
-            pending.append((task, self._pool.submit(self._pre_label_or_none, model, config, project, task)))
+            work = functools.partial(self._pre_label_or_none, model, config, project, task)
+            pending.append((task, self._pool.submit(project, work)))
             if len(pending) > 3:
                 done, future = pending.pop(0)
                 yield done, future.result()
         for done, future in pending:
             yield done, future.result()
 
+    def warm_tasks(
+        self, tasks: Iterable[Mapping[str, Any]], label_config: str, project: str = "0"
+    ) -> Iterable[bool | None]:
+        """Make the embeddings of many tasks' images, so that no click waits for one.
+
+        Of each task, in order, whether one had to be made; None where it failed. Raises BadRequest where nothing would
+        be kept for the server to find.
+        """
+        if not self.settings.embedding_disk_mb:
+            raise BadRequest("GEOPRELABEL_EMBEDDING_DISK_MB is 0; embeddings made now would be gone with this process")
+        config = parsed_config(label_config)
+        self.predictor.wait(120)
+        model = self.predictor.model(project)
+        pending: list[Future[bool | None]] = []
+        for task in tasks:
+            pending.append(self._pool.submit(project, functools.partial(self._warmed, model, config, project, task)))
+            if len(pending) > 3:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+    def _warmed(self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any]) -> bool | None:
+        """Whether embeddings of a task's images had to be made; None where one failed, and the reason is a problem."""
+        try:
+            made = False
+            for tag in {tag.to_name: tag for tag in config.tags}.values():
+                image, tile = self._open(task, tag)
+                scale = self._scale(model, config, tag, image, tile)
+                made |= self.predictor.warm(model, image.rgb, image.key, scale=scale)
+        except BackendError as error:
+            self.problems.add(f"prewarm, {_named(task, project)}", error)
+            return None
+        except Exception as error:
+            log.exception("prewarm, %s failed", _named(task, project))
+            self.problems.add(f"prewarm, {_named(task, project)}", f"unexpected {type(error).__name__}: {error}")
+            return None
+        return made
+
     def _predict_batch(
         self, model: Loaded, config: LabelConfig, request: PredictRequest, deadline: float
     ) -> list[Json | list[Any]]:
-        def one(task: Mapping[str, Any]) -> Json | list[Any]:
+        def one(task: Mapping[str, Any], urgency: int) -> Json | list[Any]:
             if time.monotonic() > deadline:
                 return []
-            return self._pre_label_or_none(model, config, request.project, task) or []
+            return self._pre_label_or_none(model, config, request.project, task, urgency=urgency) or []
 
         if len(request.tasks) == 1:
-            return [one(request.tasks[0])]
-        return [future.result() for future in [self._pool.submit(one, task) for task in request.tasks]]
+            return [one(request.tasks[0], OPENED)]
+        begun = [self._pool.submit(request.project, functools.partial(one, task, BATCH)) for task in request.tasks]
+        return [_result_or_empty(future) for future in begun]
 
     def _pre_label_or_none(
-        self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any]
+        self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any], *, urgency: int = BATCH
     ) -> Json | None:
         """A task's prediction, or None when it failed; then the reason is among the problems."""
         where = f"predict, {_named(task, project)}"
         try:
             if not isinstance(task, Mapping):
                 raise BadRequest(f"a task must be an object, got {type(task).__name__}")
-            results = [result for tag in config.wanted_tags for result in self._pre_label(model, config, task, tag)]
+            found = [self._pre_label(model, config, task, tag, urgency) for tag in config.wanted_tags]
         except BackendError as error:
             self.problems.add(where, error)
             return None
@@ -268,35 +448,45 @@ class Service:
             log.exception("%s failed", where)
             self.problems.add(where, f"unexpected {type(error).__name__}: {error}; please report it with the log")
             return None
-        return labelstudio.prediction_of(results, version=model.version)
+        results = [result for of_tag, *_ in found for result in of_tag]
+        chances = [chance for _, of_tag, _ in found for chance in of_tag]
+        # What nobody looked for is not known to be absent: no score then.
+        is_looked_for = any(tag.match(model.segmenter.labels) for tag in config.wanted_tags)
+        score = expected_f1(chances, sum(doubt for *_, doubt in found)) if is_looked_for else None
+        return labelstudio.prediction_of(results, version=model.version, score=score)
 
-    def _pre_label(self, model: Loaded, config: LabelConfig, task: Mapping[str, Any], tag: PolygonTag) -> list[Json]:
+    def _pre_label(
+        self, model: Loaded, config: LabelConfig, task: Mapping[str, Any], tag: PolygonTag, urgency: int
+    ) -> tuple[list[Json], list[float], float]:
+        """Results, the chance of each object that it is right, and how many were left out as unlikely."""
         image, tile = self._open(task, tag)
         labels = tag.match(model.segmenter.labels)
         scale = self._scale(model, config, tag, image, tile)
         threshold = tag.model_score_threshold
         min_score = self.settings.model_score_threshold if threshold is None else threshold
 
-        def compute() -> list[Json]:
-            regions = self.predictor.automatic(
+        def compute() -> tuple[list[Json], list[float], float]:
+            found = self.predictor.automatic(
                 model,
                 image.rgb,
                 image.key,
                 labels,
-                options=_pre_label_options(tile),
+                options=pre_label_options(tile.gsd_m),
                 min_score=min_score,
+                urgency=urgency,
                 scale=scale,
                 frame=metric_frame(tile) if self.settings.regularize else None,
             )
-            return self._results(regions, task, tag, tile, model)
+            return self._results(found.regions, task, tag, tile, model), found.chances, found.doubt
 
         # Label Studio often asks twice when a task is opened, and would store two predictions.
         key = (task_identity(task), tag.from_name, image.key, model.version, tuple(labels.items()), min_score, scale)
         return self._answers.do(key, compute)
 
     def _answer_prompt(
-        self, model: Loaded, config: LabelConfig, task: Mapping[str, Any], context: Mapping[str, Any]
+        self, model: Loaded, config: LabelConfig, asked: PredictRequest, task: Mapping[str, Any], claim: Claim
     ) -> Json:
+        context = self._with_last_box(asked, task)
         image_tag = labelstudio.prompted_tag(context, config)
         image, tile = self._open(task, image_tag)
         request = labelstudio.read_prompts(context, config, tile.size)
@@ -304,14 +494,47 @@ class Service:
             return labelstudio.prediction_of([], version=model.version)
         scale = self._scale(model, config, request.tag, image, tile)
         regions = self.predictor.prompted(
-            model, image.rgb, image.key, request.prompts, options=VectorizeOptions(), scale=scale
+            model, image.rgb, image.key, request.prompts, options=VectorizeOptions(), scale=scale, claim=claim
         )
-        tag, label = self._label(model, config, image, regions, request, scale)
+        tag, label = self._label(model, config, image, regions, request, scale, claim)
         outlines = [region.polygon for region in regions]
         if self.settings.regularize and label in tag.match([BUILDING]).values():
             outlines = regularized(outlines, frame=metric_frame(tile), size=tile.size)
-        regions = [replace(r, label=label, polygon=outline) for r, outline in zip(regions, outlines, strict=True)]
+        identity = task_identity(task)
+        regions = [
+            replace(
+                region,
+                label=label,
+                polygon=outline,
+                # An answer that further clicks refine comes in the place of the coarser one.
+                id=labelstudio.prompt_region_id(identity, request.first_id, part) if request.first_id else "",
+            )
+            for part, (region, outline) in enumerate(zip(regions, outlines, strict=True))
+        ]
         return labelstudio.prediction_of(self._results(regions, task, tag, tile, model), version=model.version)
+
+    def _with_last_box(self, asked: PredictRequest, task: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The prompts, and before clicks the task's last box, where they refine what it was drawn around."""
+        context = asked.context or {}
+        items = labelstudio.prompt_items(context) or []
+        key, user = _key_of(task), _drawn_by(task)
+        boxes = [item for item in items if str(item.get("type")).startswith("rectangle")]
+        if boxes:
+            self._boxes.remember(asked.project, key, boxes[-1], user)
+        elif not items:
+            self._boxes.forget(asked.project, key)
+        elif all(str(item.get("type")).startswith("keypoint") for item in items):
+            accepted = labelstudio.region_ids_in(task)
+            box = self._boxes.with_box(
+                asked.project,
+                key,
+                items,
+                user,
+                lambda box_id: labelstudio.prompt_region_id(task_identity(task), box_id) in accepted,
+            )
+            if box is not None:
+                return {**context, "result": [box, *items]}
+        return context
 
     def _label(
         self,
@@ -321,6 +544,7 @@ class Service:
         regions: Sequence[Region],
         request: PromptRequest,
         scale: float,
+        claim: Claim,
     ) -> tuple[PolygonTag, str]:
         """Tag and class of a prompted object: the annotator's word, the only label, or what the model sees there.
 
@@ -336,7 +560,7 @@ class Service:
         known = {
             name: (tag, label) for tag in reversed(tags) for name, label in tag.match(model.segmenter.labels).items()
         }
-        best = self.predictor.class_of(model, image.rgb, image.key, regions, known, scale=scale)
+        best = self.predictor.class_of(model, image.rgb, image.key, regions, known, scale=scale, claim=claim)
         return (request.tag, "") if best is None else known[best]
 
     def _scale(self, model: Loaded, config: LabelConfig, tag: PolygonTag, image: Image, tile: Tile) -> float:
@@ -402,6 +626,34 @@ def task_identity(task: Mapping[str, Any]) -> str:
     return str(number) if number is not None else json.dumps(task.get("data"), sort_keys=True, default=str)
 
 
+def _key_of(task: Any) -> str:
+    return task_identity(task) if isinstance(task, Mapping) else f"{task!r:.200}"
+
+
+def _drawn_by(task: Any) -> str:
+    """The annotator, where the task's drafts are all of one; a request does not say who asks."""
+    drafts = task.get("drafts") if isinstance(task, Mapping) else None
+    listed = drafts if isinstance(drafts, list) else []
+    users = {str(draft.get("user")) for draft in listed if isinstance(draft, Mapping)}
+    return users.pop() if len(users) == 1 else ""
+
+
+def _tasks_of(payload: Mapping[str, Any]) -> list[str]:
+    """The numbers of the tasks that an event's annotations are of, as far as it says."""
+    listed = payload.get("annotation")
+    annotations = listed if isinstance(listed, list) else [listed]
+    tasks = [each.get("task") for each in annotations if isinstance(each, Mapping)]
+    return [str(task) for task in tasks if isinstance(task, int)]
+
+
+def _result_or_empty(future: Future[Json | list[Any]]) -> Json | list[Any]:
+    try:
+        return future.result()
+    except CancelledError:
+        # The server was stopped: Label Studio asks again.
+        return []
+
+
 def _named(task: Any, project: str) -> str:
     return f"project {project}, task {task.get('id') if isinstance(task, Mapping) else f'{task!r:.40}'}"
 
@@ -438,6 +690,45 @@ def task_images(settings: Settings) -> Iterator[ImageOf]:
         yield lambda url, task_id: images.fetch(url, task_id=task_id).rgb
 
 
+def everything_in_tasks(
+    settings: Settings,
+    segmenter: Proposer,
+    config: LabelConfig,
+    tasks: Iterable[Mapping[str, Any]],
+    *,
+    options: EverythingOptions,
+) -> Iterator[tuple[Mapping[str, Any], Json | None]]:
+    """For each task, outlines without a label of all that the segmenter sees; None where that failed."""
+    if not config.wanted_tags:
+        raise BadRequest("the label config has no tag that takes polygons")
+    tag, problems = config.wanted_tags[0], Problems(settings.data_dir)
+    with task_images(settings) as image_of:
+        for task in tasks:
+            try:
+                url = labelstudio.image_of(task, tag)
+                rgb = image_of(url, task.get("id"))
+                tile = Tile(size=(rgb.shape[1], rgb.shape[0]))
+                regions = regions_of(everything(segmenter, rgb, options=options))
+            except BackendError as error:
+                problems.add(f"everything, task {task.get('id')}", error)
+                yield task, None
+                continue
+            identity, version = task_identity(task), f"{segmenter.version}-everything"
+            results = labelstudio.results_of(regions, tag, tile, task_id=identity, version=version)
+            yield task, labelstudio.prediction_of(results, version=version)
+
+
+def proposer_of(settings: Settings) -> Proposer:
+    """The segmenter that settings name, if it can look for everything. Raises BadRequest where it cannot."""
+    if settings.segmenter == "compact":
+        raise BadRequest(
+            "the compact segmenter does not look for everything; set GEOPRELABEL_SEGMENTER=sam_vit_b (or _l, _h)"
+        )
+    segmenter = load_segmenter(settings)
+    assert isinstance(segmenter, Proposer)
+    return segmenter
+
+
 def read_tasks(path: Path) -> list[Json]:
     """The tasks of a ``tasks.json`` or a Label Studio export. Raises BadRequest naming what is wrong with it."""
     try:
@@ -466,19 +757,6 @@ def client_of(settings: Settings) -> LabelStudio:
 def _tags_beside(config: LabelConfig, tag: PolygonTag) -> Sequence[PolygonTag]:
     """The tags on a tag's image that predictions are wanted for, in the config's order; the tag itself if none."""
     return [each for each in config.wanted_tags if each.to_name == tag.to_name] or [tag]
-
-
-def _pre_label_options(tile: Tile) -> VectorizeOptions:
-    """What is too small to pre-label: by its area on the ground where known, and what no network sees anyway."""
-    if tile.gsd_m is None:
-        return VectorizeOptions(min_area_px=PRE_LABEL_MIN_PX)
-    on_ground = VectorizeOptions.for_gsd(tile.gsd_m, min_area_m2=PRE_LABEL_MIN_M2, min_hole_m2=PRE_LABEL_MIN_M2)
-    plain = VectorizeOptions()
-    return replace(
-        on_ground,
-        min_area_px=max(on_ground.min_area_px, plain.min_area_px),
-        min_hole_px=max(on_ground.min_hole_px, plain.min_hole_px),
-    )
 
 
 def _changed(annotations: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -70,8 +70,20 @@ class Settings(BaseSettings):
     training_quiet_s: float = Field(10.0, validation_alias="GEOPRELABEL_TRAINING_QUIET_S", ge=0)
     """Training after N annotations waits until none came for this long, in seconds."""
 
+    promote: Literal["better", "always", "never"] = Field("better", validation_alias="GEOPRELABEL_PROMOTE")
+    """When a trained version goes live by itself: if it is surely better on held-out tiles, or always, or never."""
+
     training_max_s: float = Field(600.0, validation_alias="GEOPRELABEL_TRAINING_MAX_S", gt=0)
-    """A training run ends after this long, in seconds."""
+    """Learning ends after this long, in seconds. A run that takes twice as long and 5 minutes in all is ended."""
+
+    training_max_mb: int = Field(6144, validation_alias="GEOPRELABEL_TRAINING_MAX_MB", ge=0)
+    """A training process that holds more memory than this is ended; 0: no limit."""
+
+    trainings_at_once: int = Field(1, validation_alias="GEOPRELABEL_TRAININGS_AT_ONCE", ge=1)
+    """Projects that train at the same time on one machine; the others wait."""
+
+    database_url: SecretStr = Field(SecretStr(""), validation_alias="GEOPRELABEL_DATABASE_URL")
+    """Where annotations to learn from are kept, e.g. postgresql://user:password@host/name; empty: a SQLite file."""
 
     predict_budget_s: float = Field(80.0, validation_alias="GEOPRELABEL_PREDICT_BUDGET_S", gt=0)
     """A batch stops here and answers ``[]`` for what is left: Label Studio waits 100 s."""
@@ -89,17 +101,27 @@ class Settings(BaseSettings):
     """The same for images without a place, in square pixels."""
 
     embedding_cache_mb: int = Field(256, validation_alias="GEOPRELABEL_EMBEDDING_CACHE_MB", ge=0)
+    """Memory for embeddings, of each worker."""
+
+    embedding_disk_mb: int = Field(2048, validation_alias="GEOPRELABEL_EMBEDDING_DISK_MB", ge=0)
+    """Disk for embeddings, in DATA_DIR/embeddings, of all workers together; 0: none are kept there."""
+
     image_max_mb: int = Field(100, validation_alias="GEOPRELABEL_IMAGE_MAX_MB", gt=0)
     image_max_megapixels: int = Field(64, validation_alias="GEOPRELABEL_IMAGE_MAX_MEGAPIXELS", gt=0)
     mlflow_tracking_uri: str = Field("", validation_alias="MLFLOW_TRACKING_URI")
     """Model registry; empty: a SQLite file in MODEL_DIR."""
 
     dask_scheduler: str = Field("", validation_alias="GEOPRELABEL_DASK_SCHEDULER")
+    sam_checkpoint: Path | None = Field(None, validation_alias="GEOPRELABEL_SAM_CHECKPOINT")
+    """A checkpoint of Segment Anything of one's own (fine-tuned, say), taken as it is instead of Meta's."""
+
     weights_mirror: str = Field("", validation_alias="GEOPRELABEL_WEIGHTS_MIRROR")
+    """Where `weights get` fetches from instead of Meta: the http(s) URL of a folder, or a folder of this machine."""
+
     log_level: str = Field("INFO", validation_alias="LOG_LEVEL")
     port: int = Field(9090, validation_alias="PORT", ge=1, le=65535)
     workers: int = Field(1, validation_alias="WORKERS", ge=1)
-    threads: int = Field(16, validation_alias="THREADS", ge=2)
+    threads: int = Field(32, validation_alias="THREADS", ge=2)
     """Request threads of each worker. More than cores: most of them wait for images or for their turn at the model."""
 
     @field_validator("image_hosts", mode="before")
@@ -137,6 +159,11 @@ class Settings(BaseSettings):
     def model_dir(self) -> Path:
         """Where model versions live."""
         return self.model_dir_setting or self.data_dir / "models"
+
+    @property
+    def sam_dir(self) -> Path:
+        """Where Segment Anything's checkpoints lie."""
+        return self.model_dir / "sam"
 
     @property
     def tiles_dir(self) -> Path:

@@ -13,6 +13,10 @@ body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1r
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
 table{border-collapse:collapse;width:100%;display:block;overflow-x:auto}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+svg{display:block;width:100%;max-width:32rem;height:auto;margin:.6rem 0;overflow:visible;font-size:12px}
+svg text{fill:currentColor}.grid{stroke:var(--line)}polyline{fill:none;stroke:currentColor;stroke-width:2}
+circle{fill:currentColor}
+.v0{color:#1f77b4}.v1{color:#e07b00}.v2{color:#2e9e44}.v3{color:#d04a4a}.v4{color:#9a6dd0}.v5{color:#8c8c4a}
 .ok{color:var(--ok)}.bad{color:var(--bad)}.quiet{opacity:.7}progress{width:8rem}
 """
 
@@ -40,6 +44,8 @@ def render(facts: Mapping[str, Any]) -> str:
         + _training(facts["training"])
         + "<h2>Model versions</h2>"
         + _versions(facts["versions"])
+        + "<h2>What annotators made of pre-labels</h2>"
+        + _acceptance(facts["acceptance"])
         + "<h2>Annotations to look at</h2>"
         + _findings(facts["findings"], facts["finding_counts"])
         + "<h2>Last problems</h2>"
@@ -67,9 +73,9 @@ def _training(runs: Mapping[str, Mapping[str, Any]]) -> str:
         mark = " class=bad" if run["state"] == "failed" else ""
         rows.append(
             (escape(project), f"<span{mark}>{escape(run['state'])}</span> {bar}", escape(run["message"]),
-             _ago(run["finished"] or run["started"]), str(run["changes_since"]))
+             _ago(run["finished"] or run["started"]), _span(run["duration_s"]), str(run["changes_since"]))
         )  # fmt: skip
-    return _table(("Project", "State", "", "When", "Changes since"), rows)
+    return _table(("Project", "State", "", "When", "Took", "Changes since"), rows)
 
 
 def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
@@ -81,6 +87,81 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
         for v in versions
     ]  # fmt: skip
     return _table(("Project", "Version", "Made (UTC)", "Note"), rows)
+
+
+def _acceptance(projects: Mapping[str, Mapping[str, Any]]) -> str:
+    if not projects:
+        return "<p class=quiet>Nothing yet. Submitted annotations are compared with the pre-labels they began from.</p>"
+    head = ("Version", "Annotations", "Pre-labels", "Unchanged", "Edited", "Deleted", "Added by click", "By hand",
+            "Edit distance", "Moved by")  # fmt: skip
+    parts = [
+        "<p class=quiet>Unchanged: submitted as it was predicted. Edit distance: mean of 1 &minus; IoU of the outlines"
+        " that were kept with what was predicted, those left as they were included. Moved by: mean distance of edited"
+        " outlines (PoLiS).</p>"
+    ]
+    for project, facts in projects.items():
+        styles = {v["name"]: f"v{number % 6}" for number, v in enumerate(facts["versions"])}
+        rows = [
+            (f"<b class={styles[v['name']]}>&#9679;</b> {escape(v['name'])}", str(v["annotations"]),
+             str(v["predicted"]), f"{v['unchanged']} ({_percent(v['unchanged_rate'])})", str(v["edited"]),
+             str(v["deleted"]), str(v["clicked"]), str(v["drawn"]), _number(v["edit_distance"]), _apart(v))
+            for v in reversed(facts["versions"])
+        ]  # fmt: skip
+        parts.append(
+            f"<h3>Project {escape(project.split('.')[0])}</h3>"
+            + _curves("Pre-labels submitted unchanged", facts, "unchanged_rate", 1.0, styles)
+            + _curves("Edit distance", facts, "edit_distance", None, styles)
+            + _table(head, rows)
+        )
+    return "".join(parts)
+
+
+def _curves(title: str, facts: Mapping[str, Any], figure: str, top: float | None, styles: Mapping[str, str]) -> str:
+    """A figure of each version over time, as an SVG picture that needs no script; nothing where it was never known."""
+    points = [point for point in facts["curve"] if point[figure] is not None]
+    if not points:
+        return ""
+    top = top or max(0.1, *(point[figure] for point in points))
+    first, last = points[0]["from"], max(points[-1]["from"], points[0]["from"] + facts["span_s"])
+    width, height, left, above = 320, 100, 44, 22
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+        x = left + (point["from"] - first) / (last - first) * width
+        return round(x, 1), round(above + height - min(point[figure] / top, 1.0) * height, 1)
+
+    drawn = [f"<text x=0 y=12>{escape(title)}</text>"]
+    for share in (0.0, 0.5, 1.0):
+        y = round(above + height * (1 - share), 1)
+        drawn.append(f"<line class=grid x1={left} x2={left + width} y1={y} y2={y} />")
+        drawn.append(f"<text x={left - 6} y={y + 4} text-anchor=end>{_percent(share * top)}</text>")
+    for when, anchor, x in ((first, "start", left), (points[-1]["from"], "end", left + width)):
+        if anchor == "start" or len({point["from"] for point in points}) > 1:
+            day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(when))
+            drawn.append(f"<text x={x} y={above + height + 16} text-anchor={anchor}>{day} UTC</text>")
+    for name, style in styles.items():
+        own = [point for point in points if point["version"] == name]
+        line = " ".join("{},{}".format(*place(point)) for point in own)
+        drawn.append(f"<polyline class={style} points='{line}' />" if len(own) > 1 else "")
+        for point in own:
+            x_px, y_px = place(point)
+            note = f"{name}: {_percent(point[figure])}, {point['predicted']} pre-labels"
+            drawn.append(f"<circle class={style} cx={x_px} cy={y_px} r=3.5><title>{escape(note)}</title></circle>")
+    box = f"0 0 {left + width + 4} {above + height + 24}"
+    return f"<svg viewBox='{box}' role=img aria-label='{escape(title)} by version over time'>{''.join(drawn)}</svg>"
+
+
+def _percent(share: float | None) -> str:
+    return "&ndash;" if share is None else f"{100 * share:.0f}&nbsp;%"
+
+
+def _number(value: float | None) -> str:
+    return "&ndash;" if value is None else f"{value:.3f}"
+
+
+def _apart(version: Mapping[str, Any]) -> str:
+    if version["polis_m"] is not None:
+        return f"{version['polis_m']:.2f}&nbsp;m"
+    return "&ndash;" if version["polis_px"] is None else f"{version['polis_px']:.1f}&nbsp;px"
 
 
 def _findings(findings: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> str:

@@ -8,6 +8,7 @@ the control routes are also given as a ratio to the same routes of the idle serv
 
 first_click_*    a click on a tile that the server has never seen: fetch, embed, decode, trace
 later_click_*    further clicks on a tile that it knows
+kept_click_*     the first click on a tile after a restart, its embedding read from disk
 pre_label_*      automatic outlines of a tile that it has never seen
 model_load_s     reading and checking the weights, in a process of its own that has imported torch
 peak_rss_mb      most memory that the server process held at once
@@ -65,6 +66,8 @@ def main() -> None:
         with backend:
             figures = {"start_to_ready_s": time.perf_counter() - begun, "start_to_healthy_s": backend.healthy_after_s}
             figures |= measure(backend, small[: arguments.tiles + 1], large, arguments.clicks)
+        with backend:
+            figures["kept_click_512_s"] = kept_clicks(backend, small[: arguments.tiles + 1])
     # Of the children, the server is by far the largest; kibibytes on Linux, bytes on macOS.
     figures["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -116,6 +119,12 @@ def measure(
         "control_busy_calls": len(busy),
         "control_busy_to_idle_p99": quantile(busy, 0.99) / quantile(idle, 0.99),
     }
+
+
+def kept_clicks(backend: BackendServer, tiles: list[dict[str, Any]]) -> float:
+    """The median of one click a tile that was embedded before the server was started, in seconds."""
+    predict(backend, tiles[:1], click_at(0))
+    return statistics.median(timed(predict, backend, [task], click_at(i)) for i, task in enumerate(tiles[1:]))
 
 
 def predict(backend: BackendServer, tasks: list[dict[str, Any]], context: dict[str, Any] | None = None) -> Any:

@@ -40,13 +40,13 @@ class BrightSegmenter:
         grey = np.asarray(embedding.features["grey"], np.float32)
         _, parts = cv2.connectedComponents((grey > 0.5).astype(np.uint8), connectivity=4)
         wanted = np.zeros(grey.shape, bool)
+        if prompts.box_xyxy is not None:
+            x0, y0, x1, y1 = prompts.box_xyxy.round().astype(int)
+            wanted[y0:y1, x0:x1] = grey[y0:y1, x0:x1] > 0.5
         for (x, y), keep in zip(prompts.points_xy, prompts.is_foreground, strict=True):
             part = parts[min(int(y), grey.shape[0] - 1), min(int(x), grey.shape[1] - 1)]
             if part:
                 wanted = wanted | (parts == part) if keep else wanted & (parts != part)
-        if prompts.box_xyxy is not None:
-            x0, y0, x1, y1 = prompts.box_xyxy.round().astype(int)
-            wanted[y0:y1, x0:x1] |= grey[y0:y1, x0:x1] > 0.5
         near = cv2.dilate(wanted.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
         return Masks(np.where(near, grey, 0)[None].astype(np.float32), np.array([0.9], np.float32))
 
