@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .errors import BadImage, BadPrompt, BadWeights
+from .errors import BadImage, BadWeights
 from .segmenter import DenseMaps, Embedding, Masks, Prompts
 
 FloatArray = NDArray[np.float64]
@@ -728,16 +728,9 @@ class CompactSegmenter:
         Clicks on the object are inside and clicks off it outside. With clicks on the object, only the patches that hold
         one are kept; with a box alone, those inside the box.
         """
-        if prompts.is_empty:
-            raise BadPrompt("a box or a click on the object is needed")
+        clicks_xy, box = prompts.within(embedding.image_hw)
         self._check(embedding)
         height, width = embedding.image_hw
-        clicks_xy = np.clip(prompts.points_xy, 0.01, (width - 0.01, height - 0.01))
-        box = prompts.box_xyxy
-        if box is not None:
-            box = np.clip(box, 0, (width, height, width, height))
-            if box[2] <= box[0] or box[3] <= box[1]:
-                raise BadPrompt(f"box_xyxy must meet the image of {width} by {height} px, got {prompts.box_xyxy}")
         logits, left, top = self._decode(embedding, clicks_xy, prompts.is_foreground, box)
         probabilities = np.zeros((height, width), np.float32)
         view = probabilities[top : top + logits.shape[0], left : left + logits.shape[1]]

@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -343,22 +343,14 @@ class Registry:
         return (self._model_dir / "artifacts").as_uri()
 
     def _models(self, name_is: str) -> Iterator[RegisteredModel]:
-        token: str | None = None
-        while True:
-            page = self._client.search_registered_models(f"name {name_is}", max_results=500, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        return _all_pages(
+            lambda token: self._client.search_registered_models(f"name {name_is}", max_results=500, page_token=token)
+        )
 
     def _listed(self, model_name: str) -> Iterator[MlflowVersion]:
-        token: str | None = None
-        while True:
-            page = self._client.search_model_versions(f"name='{model_name}'", max_results=1000, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        return _all_pages(
+            lambda token: self._client.search_model_versions(f"name='{model_name}'", max_results=1000, page_token=token)
+        )
 
     def _versions_of(self, model: RegisteredModel) -> Iterator[ModelVersion]:
         aliased = {str(number): alias for alias, number in sorted(model.aliases.items())}  # the champion's counts
@@ -384,6 +376,17 @@ class Registry:
             run_id=version.run_id or "",
             tags=tags,
         )
+
+
+def _all_pages(page_after: Callable[[str | None], Any]) -> Iterator[Any]:
+    """What MLflow lists, page by page; ``page_after`` is given the token of the page before."""
+    token: str | None = None
+    while True:
+        page = page_after(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _model_name(project: str) -> str:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .checkpoints import sha256_of
 from .compact import CELL_PX, read_scoring, save_heads
-from .errors import BadImage, BadPrompt, BadWeights
+from .errors import BadImage, BadWeights
 from .segmenter import DenseMaps, Embedding, Masks, Prompts
 
 HEADS_KIND = "geoprelabel-sam-heads-1"
@@ -212,16 +212,8 @@ class SamSegmenter:
         A single click is ambiguous: it gets three candidates (part, object, group). Further clicks refine what was
         answered to those before the last one.
         """
-        if prompts.is_empty:
-            raise BadPrompt("a box or a click on the object is needed")
+        clicks_xy, box = prompts.within(embedding.image_hw)
         self._check(embedding)
-        height, width = embedding.image_hw
-        clicks_xy = np.clip(prompts.points_xy, 0.01, (width - 0.01, height - 0.01))
-        box = prompts.box_xyxy
-        if box is not None:
-            box = np.clip(box, 0, (width, height, width, height))
-            if box[2] <= box[0] or box[3] <= box[1]:
-                raise BadPrompt(f"box_xyxy must meet the image of {width} by {height} px, got {prompts.box_xyxy}")
         low_res, ious = self._answered(embedding, clicks_xy, prompts.is_foreground, box)
         logits = self._to_pixels(low_res, embedding.image_hw).cpu().numpy()
         scores = np.clip(ious.cpu().numpy(), 0, 1) * stability(logits)

@@ -57,6 +57,22 @@ class Prompts:
         """Nothing says where the object is: no box and no click on it."""
         return self.box_xyxy is None and not self.is_foreground.any()
 
+    def within(self, image_hw: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Clicks, (N, 2), and box, (4,), moved to lie in an image of so many rows and columns.
+
+        Raises BadPrompt where they mean no object, or where the box lies beside the image.
+        """
+        if self.is_empty:
+            raise BadPrompt("a box or a click on the object is needed")
+        height, width = image_hw
+        clicks_xy = np.clip(self.points_xy, 0.01, (width - 0.01, height - 0.01))
+        if self.box_xyxy is None:
+            return clicks_xy, None
+        box = np.clip(self.box_xyxy, 0, (width, height, width, height))
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise BadPrompt(f"box_xyxy must meet the image of {width} by {height} px, got {self.box_xyxy}")
+        return clicks_xy, box
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
