@@ -99,11 +99,49 @@ format: $(DEV)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+## make fuzz                  attack the routes and readers for longer than the tests do   (FUZZ_S=60, seconds for each fuzzer)
+FUZZ_S ?= 60
+.PHONY: fuzz
+fuzz: $(DEV)
+	@GEOPRELABEL_FUZZ_S=$(FUZZ_S) $(PY) -m pytest tests/security/test_openapi.py tests/fuzz -q
+
 ## make bench                 the benchmarks, one after another   (BENCH=benchmarks/tiles.py)
 BENCH ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 .PHONY: bench
 bench: $(DEV)
 	@set -e; for script in $(BENCH); do echo "== $$script"; $(PY) "$$script"; done
+
+## make docs                  docs/ as a site in site/; fails on a broken link or a stale page
+.PHONY: docs
+docs: $(DEV)
+	@$(PY) -B -m docs.reference.generate --check
+	@NO_MKDOCS_2_WARNING=1 $(PY) -B -m mkdocs build --quiet --strict && echo "site/index.html is built"
+
+## make reference             write the pages of docs/ that are made from the code
+.PHONY: reference
+reference: $(DEV)
+	@$(PY) -B -m docs.reference.generate
+
+## make screenshots           take the tutorial's pictures anew, from a real Label Studio in a real browser
+.PHONY: screenshots
+screenshots: $(DEV) $(LABEL_STUDIO)
+	@$(PY) -B -m docs.screenshots
+
+## make sbom                  the bill of materials of the lock, CycloneDX: sbom.cdx.json
+.PHONY: sbom
+sbom: $(DEV)
+	@.venv/bin/cyclonedx-py requirements requirements.txt --pyproject pyproject.toml --output-reproducible \
+	    --output-format JSON --output-file sbom.cdx.json
+
+## make licences              docs/reference/licences.md; fails on a licence that is neither permissive nor explained
+.PHONY: licences
+licences: $(DEV)
+	@$(PY) -B -m docs.reference.licences
+
+## make audit                 known holes of the locked packages; says so where it could not ask
+.PHONY: audit
+audit: $(DEV)
+	@$(PY) .ci/audit.py
 
 ## make weights DATA=folder   train the shipped weights anew   (WEIGHTS_ARGS="--minutes 120 --resume")
 .PHONY: weights data-is-given
@@ -129,7 +167,7 @@ lock: $(DEV)
 ## make clean                 remove what tools left behind
 .PHONY: clean
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo
+	rm -rf build dist site sbom.cdx.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 ## make distclean             remove the environments too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -96,9 +97,18 @@ def test_a_wheel_holds_the_code_the_weights_and_the_label_configs(tmp_path: Path
     (wheel,) = tmp_path.glob("geoprelabel-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "geoprelabel = backend.cli:main" in entry_points
     wanted = [path for folder in ("backend", "demo") for path in (REPOSITORY / folder).glob("*.py")]
     wanted += [*(REPOSITORY / "configs").glob("*.xml"), *(REPOSITORY / "model_weights").glob("*.safetensors")]
     assert {str(path.relative_to(REPOSITORY)) for path in wanted} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+    # As installed, away from the repository: everything that the model is loaded from is there.
+    loaded = subprocess.run(
+        [sys.executable, "-c", "from backend.compact import CompactSegmenter as C; print(C.load().version)"],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("compact-")
