@@ -5,25 +5,32 @@ Exit codes: 0 done, 1 failed (one sentence says why), 2 used wrongly.
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import __version__
+from . import __version__, logs
 from .errors import BackendError, BadRequest
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from .cluster import Crew, Job
 
 app = typer.Typer(
     name="geoprelabel",
@@ -37,6 +44,13 @@ app.add_typer(models_app, name="models")
 weights_app = typer.Typer(help="Segment Anything's checkpoints.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of this machine that share the work; empty: this process alone.")
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Or the workers of a Dask cluster, by its scheduler: tcp://host:8786.")
+]
+Resources = Annotated[str | None, typer.Option(help="What a tile asks of a Dask worker, e.g. GPU=1.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 err = Console(stderr=True)
 _debug = False
@@ -55,11 +69,13 @@ def main() -> None:
     except OSError as error:
         if _debug:
             raise
-        _fail(str(error))
+        where = f"{error.filename}: " if error.filename else ""
+        way_out = "; make room and run the command again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{where}{error.strerror or error}{way_out}")
 
 
 def _fail(sentence: str, code: int = 1) -> NoReturn:
-    err.print(f"[red]error:[/red] {sentence}", highlight=False, soft_wrap=True, markup=True)
+    err.print(f"[red]error:[/red] {escape(sentence)}", highlight=False, soft_wrap=True, markup=True)
     sys.exit(code)
 
 
@@ -82,12 +98,7 @@ def _options(
 
 def _settings(**overrides: Any) -> Settings:
     settings = Settings.from_environment(**{name: value for name, value in overrides.items() if value is not None})
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    # One line a request of every library would drown ours, and httpx prints whole URLs.
-    for noisy in ("httpx", "httpcore", "rasterio", "pyogrio", "PIL", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(level=settings.log_level, style=settings.log_format, hidden=settings.secrets)
     return settings
 
 
@@ -127,10 +138,39 @@ def serve(
         # Workers that each take all cores for a tile take them from each other; torch reads this when it is imported.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, settings.cores // settings.workers)))
         # prometheus-client decides when it is imported whether processes share their figures through files.
-        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="geoprelabel-metrics-"))
+        with _metrics_folder() as folder:
+            os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(folder))
+            _run(settings)
+    else:
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
     from .server import serve as run
 
     run(settings)
+
+
+@contextmanager
+def _metrics_folder() -> Iterator[Path]:
+    """A folder for the figures that server processes share; those of servers that were killed are removed."""
+    prefix = "geoprelabel-metrics-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        number = left.name.removeprefix(prefix).split("-")[0]
+        try:
+            os.kill(int(number), 0)
+        except (ProcessLookupError, ValueError, OverflowError):
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            continue
+    owner = os.getpid()
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{owner}-"))
+    try:
+        yield folder
+    finally:
+        # The processes that were forked meanwhile end here too.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @app.command()
@@ -158,8 +198,18 @@ def ingest(
     xyz_names: Annotated[
         bool, typer.Option("--xyz-names", help="Images named z_x_y.png or z/x/y.png lie where such tiles do.")
     ] = False,
+    crs: Annotated[str, typer.Option(help="EPSG:… of rasters whose file does not say it, or says it wrongly.")] = "",
+    no_place: Annotated[
+        bool, typer.Option("--no-place", help="Take photos without a place too; they export in pixels alone.")
+    ] = False,
     format: Annotated[str, typer.Option(help="jpg, png or webp")] = "jpg",
-    image_url_prefix: Annotated[str, typer.Option(help="Where browsers find the tiles; empty: this backend.")] = "",
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Write no tiles; the backend makes each when it is asked for.")
+    ] = False,
+    upload: Annotated[str, typer.Option(help="s3://bucket/prefix to write the tiles to, not to --out.")] = "",
+    image_url_prefix: Annotated[
+        str, typer.Option(help="Where browsers find the tiles; empty: this backend, or the --upload address.")
+    ] = "",
     mosaic: Annotated[str, typer.Option(help="Take all rasters as one scene of this name.")] = "",
     asset: Annotated[str, typer.Option(help="Asset of STAC items; empty: visual, or the only image.")] = "",
     aoi: Annotated[Path | None, typer.Option(help="Polygons, in any CRS: only tiles that touch them.")] = None,
@@ -171,7 +221,7 @@ def ingest(
     config: Annotated[
         Path | None, typer.Option(help="Label config for --prelabels; empty: configs/buildings.xml.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Tiles cut at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that cut tiles; 0: one a core, 4 at most.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Cut scenes into tiles that Label Studio can show, each knowing its place on Earth.
@@ -190,7 +240,7 @@ def ingest(
     options = IngestOptions(
         tile_size=tile_size, overlap=overlap, format=format, bands=chosen, nodata=nodata, grid=grid, zoom=zoom,
         stretch=Stretch.from_text(stretch), rpc_height_m=rpc_height,
-        xyz_names=xyz_names,
+        xyz_names=xyz_names, crs=crs, no_place=no_place,
     )  # fmt: skip
     labelled = None
     if prelabels:
@@ -202,9 +252,10 @@ def ingest(
         labelled = Labelled.of(prelabels, label_config, label=prelabel_label, field=prelabel_field)
     with _bar("cutting tiles") as show:
         report = run(
-            scenes, settings.data_dir, tiles_url=image_url_prefix or settings.tiles_url, options=options,
-            mosaic_name=mosaic, asset=asset, aoi=aoi, prelabels=labelled, workers=workers,
-            progress=show,
+            scenes, settings.data_dir, tiles_url=image_url_prefix or ("" if upload else settings.tiles_url),
+            options=options, mosaic_name=mosaic, asset=asset, aoi=aoi, prelabels=labelled, upload=upload,
+            is_dynamic=dynamic, secret="" if image_url_prefix or upload else settings.tiles_secret.get_secret_value(),
+            workers=workers or min(4, settings.cores), progress=show,
         )  # fmt: skip
     _print(asdict(report), as_json, report.sentence())
 
@@ -220,6 +271,9 @@ def push(
     connect: Annotated[
         bool, typer.Option("--connect/--no-connect", help="Connect the backend and its webhook.")
     ] = True,
+    storage_folder: Annotated[
+        Path | None, typer.Option(help="Push nothing: write a file a task, for a cloud storage to sync.")
+    ] = None,
     checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Check first, as doctor does.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -227,12 +281,20 @@ def push(
 
     Example: geoprelabel push geoprelabel-data/tasks.json --project "My town"
     """
-    from .push import DEFAULT_CONFIG
+    from .annotations import tasks_in
+    from .push import DEFAULT_CONFIG, PATIENCE, write_for_storage
     from .push import push as run
-    from .service import client_of, read_tasks
+    from .service import client_of
 
     settings = _settings()
-    listed = read_tasks(tasks)
+    # Read twice: what is wrong with it is said before anything is sent, and no more than a part is in memory.
+    total = sum(1 for _ in tasks_in(tasks))
+    if storage_folder is not None:
+        with _bar("writing") as show:
+            written = write_for_storage(tasks_in(tasks), storage_folder)
+            show(1.0, "tasks")
+        _print({"written": written, "tasks": total}, as_json, f"{written} of {total} tasks written to {storage_folder}")
+        return
     label_config = (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
     if checks:
         from .doctor import before_push
@@ -242,10 +304,10 @@ def push(
             err.print(check.line(), markup=False, highlight=False, soft_wrap=True)
         if any(check.state == "fail" for check in found):
             raise BackendError("nothing was pushed (--no-checks pushes all the same)")
-    with client_of(settings) as label_studio, _bar("pushing") as show:
+    with client_of(settings, attempts=PATIENCE) as label_studio, _bar("pushing") as show:
         done = run(
-            label_studio, settings, listed, title=project, label_config=label_config,
-            backend_url=backend_url if connect else None, progress=show,
+            label_studio, settings, tasks_in(tasks), title=project, label_config=label_config,
+            backend_url=backend_url if connect else None, total=total, progress=show,
         )  # fmt: skip
     _print(
         asdict(done), as_json,
@@ -293,51 +355,88 @@ def predict(
     config: Annotated[
         Path | None, typer.Option(help="Label config; empty: configs/buildings.xml, or the project's.")
     ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    resources: Resources = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Tiles that a Dask worker gets at once; more than 1 for thousands of workers.")
+    ] = 1,
+    keep_blocks: Annotated[
+        bool, typer.Option("--keep-blocks", help="Leave the results as Parquet files, too, in OUT.blocks.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Pre-label many tasks without Label Studio waiting; an interrupted run goes on where it stopped.
 
-    Example: geoprelabel predict geoprelabel-data/tasks.json --out predictions.json
+    Example: geoprelabel predict geoprelabel-data/tasks.json --out predictions.json --workers 4
     """
+    from .annotations import tasks_in
     from .bulk import predict_project, predict_to_file
+    from .cluster import Job
     from .datamanager import show_scores
     from .push import DEFAULT_CONFIG
-    from .service import Service, client_of, project_key_of, read_tasks
+    from .service import client_of, project_key_of
 
     if (tasks is None) == (project is None) or (tasks is not None and out is None):
         raise typer.BadParameter("give TASKS.json with --out FILE, or --project N")
-    settings = _settings()
-    service = Service(settings)
-    service.start()
-    try:
-        service.predictor.wait(120)
+    settings = _settings(dask_scheduler=scheduler, dask_resources=resources)
+    with ExitStack() as stack:
         if project is not None:
-            with client_of(settings) as label_studio, _bar("predicting", None) as show:
-                found = label_studio.project(project)
-                key, label_config = project_key_of(found), found["label_config"]
-                report = predict_project(
-                    label_studio, project, lambda tasks: service.predict_tasks(tasks, label_config, key),
-                    version=service.predictor.version(key), progress=show,
-                )  # fmt: skip
-                show_scores(label_studio, project, service.predictor.version(key))
+            label_studio = stack.enter_context(client_of(settings))
+            found = label_studio.project(project)
+            job = Job(found["label_config"], project_key_of(found))
+            crew = stack.enter_context(_crew(settings, job, workers, batch))
+            report = predict_project(
+                label_studio, project, crew.predict, version=crew.version, fingerprint=crew.fingerprint,
+                kept=settings.data_dir / "bulk" / f"{job.project}.jsonl",
+                progress=stack.enter_context(_bar("predicting", None)),
+            )  # fmt: skip
+            show_scores(label_studio, project, crew.version)
         else:
             assert tasks is not None  # checked above
             assert out is not None
-            listed, label_config = read_tasks(tasks), (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
-            with _bar("predicting", len(listed)) as show:
-                report = predict_to_file(
-                    listed, out, lambda tasks: service.predict_tasks(tasks, label_config),
-                    version=service.predictor.version("0"), progress=show,
-                )  # fmt: skip
-    finally:
-        service.close()
+            count = sum(1 for _ in tasks_in(tasks))
+            job = Job((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+            crew = stack.enter_context(_crew(settings, job, workers, batch))
+            report = predict_to_file(
+                lambda: tasks_in(tasks), out, crew.predict, fingerprint=crew.fingerprint, keep_blocks=keep_blocks,
+                progress=stack.enter_context(_bar("predicting", count)),
+            )  # fmt: skip
+    for failure in report.failures[:10]:
+        err.print(f"{failure.task}: {failure.reason}", markup=False, highlight=False, soft_wrap=True)
     _print(
         asdict(report), as_json,
         f"{report.predicted} of {report.tasks} tasks predicted, {report.polygons} polygons"
-        + (f"; {report.failed} failed (see {settings.data_dir / 'problems.jsonl'})" if report.failed else ""),
+        + (f"; {report.failed} failed, and the same command tries those again" if report.failed else ""),
     )  # fmt: skip
     if report.failed and not report.predicted:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _crew(settings: Settings, job: Job, workers: int | None, batch: int = 1) -> Iterator[Crew]:
+    """Who predicts: this process, so many of this machine, or the cluster that settings name."""
+    from . import cluster
+
+    if workers is None and not settings.dask_scheduler:
+        with cluster.in_process(settings, job) as crew:
+            yield crew
+        return
+    with _dask(settings, workers) as client:
+        resources = cluster.resources_of(settings.dask_resources)
+        with cluster.on_workers(client, job, resources=resources, batch=batch) as crew:
+            yield crew
+
+
+@contextmanager
+def _dask(settings: Settings, workers: int | None) -> Iterator[Client]:
+    """Dask's client; its dashboard is told to people."""
+    from . import cluster
+
+    held = cluster.local(workers, cores=settings.cores) if workers else cluster.remote(settings.dask_scheduler)
+    with held as client:
+        err.print(f"dashboard: {client.dashboard_link}", markup=False, highlight=False, soft_wrap=True)
+        yield client
 
 
 @app.command()
@@ -347,39 +446,48 @@ def prewarm(
     config: Annotated[
         Path | None, typer.Option(help="Label config; empty: configs/buildings.xml, or the project's.")
     ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    resources: Resources = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the embeddings of many tiles ahead, on disk where the server finds them: then no click waits for one.
 
     Example: geoprelabel prewarm --project 3
     """
+    from . import cluster
+    from .annotations import tasks_in
+    from .embeddings import EmbeddingFiles
     from .push import DEFAULT_CONFIG
-    from .service import Service, client_of, project_key_of, read_tasks
+    from .service import Service, client_of, project_key_of
 
     if (tasks is None) == (project is None):
         raise typer.BadParameter("give TASKS.json or --project N")
-    settings = _settings()
-    service = Service(settings)
-    service.predictor.start()
+    settings = _settings(dask_scheduler=scheduler, dask_resources=resources)
     outcomes: list[bool | None] = []
-    try:
-        with ExitStack() as stack:
-            if project is not None:
-                label_studio = stack.enter_context(client_of(settings))
-                found = label_studio.project(project)
-                listed: Iterable[Any] = label_studio.tasks(project)
-                key, label_config = project_key_of(found), found["label_config"]
-            else:
-                assert tasks is not None  # checked above
-                listed, key = read_tasks(tasks), "0"
-                label_config = (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
-            show = stack.enter_context(_bar("embedding", len(listed) if isinstance(listed, list) else None))
-            for outcome in service.warm_tasks(listed, label_config, key):
-                outcomes.append(outcome)
-                show(len(outcomes))
-        used_mb = service.predictor.embeddings.disk.nbytes / 2**20
-    finally:
-        service.close()
+    with ExitStack() as stack:
+        if project is not None:
+            label_studio = stack.enter_context(client_of(settings))
+            found = label_studio.project(project)
+            listed, count = label_studio.tasks(project), None
+            job = cluster.Job(found["label_config"], project_key_of(found))
+        else:
+            assert tasks is not None  # checked above
+            listed, count = tasks_in(tasks), sum(1 for _ in tasks_in(tasks))
+            job = cluster.Job((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        if workers or settings.dask_scheduler:
+            client = stack.enter_context(_dask(settings, workers))
+            warming: Iterable[bool | None] = cluster.warm_tasks(client, settings, job, listed)
+        else:
+            service = Service(settings)
+            service.predictor.start()
+            stack.callback(service.close)
+            warming = service.warm_tasks(listed, job.label_config, job.project)
+        show = stack.enter_context(_bar("embedding", count))
+        for outcome in warming:
+            outcomes.append(outcome)
+            show(len(outcomes))
+    used_mb = EmbeddingFiles(settings.data_dir / "embeddings", 1).nbytes / 2**20
     made, kept, failed = (sum(outcome is each for outcome in outcomes) for each in (True, False, None))
     is_full = used_mb > 0.9 * settings.embedding_disk_mb
     _print(
@@ -426,8 +534,9 @@ def everything(
     labels = parsed_config((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
     with _bar("looking", len(listed)) as show:
         report = predict_to_file(
-            listed, out, lambda tasks: everything_in_tasks(settings, segmenter, labels, tasks, options=options),
-            version=f"{segmenter.version} {options}", progress=show,
+            lambda: listed, out,
+            lambda tasks: everything_in_tasks(settings, segmenter, labels, tasks, options=options),
+            fingerprint=f"{segmenter.version} {options}", progress=show,
         )  # fmt: skip
     _print(asdict(report), as_json, f"{report.polygons} outlines of no class on {report.predicted} tasks in {out}")
 
@@ -438,6 +547,7 @@ def train(
     annotations: Annotated[Path | None, typer.Option(help="A Label Studio JSON export instead of the server.")] = None,
     config: Annotated[Path | None, typer.Option(help="Label config, with --annotations.")] = None,
     queued: Annotated[bool, typer.Option("--queued", hidden=True)] = False,
+    piped: Annotated[bool, typer.Option("--piped", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn from a project's accepted annotations: the same training that the webhook starts.
@@ -451,12 +561,26 @@ def train(
     number = project.split(".")[0]
     if not number.isdigit():
         raise BadRequest(f"--project must be Label Studio's project number, got {project!r}")
+
+    def here(progress: fit.Progress) -> tuple[str, str]:
+        return fit.fit_queued(settings, int(number), progress)
+
+    def there(progress: fit.Progress) -> tuple[str, str]:
+        from .cluster import train
+
+        return train(settings, project, progress)
+
     if queued:
         # Annotators' clicks come first, and where memory runs out the server is to survive.
         os.nice(10)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("500")
-        Jobs(settings).work(project, lambda progress: fit.fit_queued(settings, int(number), progress))
+        Jobs(settings).work(project, there if settings.dask_scheduler else here)
+        return
+    if piped:
+        from .cluster import tell_training
+
+        tell_training(here, sys.stdout, sys.stdin)
         return
     with _bar("training") as show:
         if annotations is not None:

@@ -11,11 +11,13 @@ import base64
 import binascii
 import json
 import logging
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from html import unescape
 from types import TracebackType
 from typing import Any
@@ -41,6 +43,7 @@ _ACTION_TIMEOUT_S = 600.0
 """For calls in which Label Studio asks a backend before it answers."""
 
 _BACKEND_TIMEOUT_S = 120.0
+_IMPORT_TIMEOUT_S = 120.0
 _REDIRECTS_MAX = 3
 _RETRY_AFTER_MAX_S = 60.0
 _RENEW_BEFORE_S = 30.0
@@ -59,6 +62,18 @@ class NotFound(LabelStudioError):
 
 class Unreachable(LabelStudioError):
     """Label Studio is down, or too busy for longer than we try; it may be there again later."""
+
+
+class Doubtful(Unreachable):
+    """A call may have been carried out, now or in a moment: who made it has to look before it is made again."""
+
+
+class PredictionsLeftOut(LabelStudioError):
+    """Label Studio did not store all predictions; those that it did are there."""
+
+    def __init__(self, message: str, *, stored: int) -> None:
+        super().__init__(message)
+        self.stored = stored
 
 
 class FileTooLarge(LabelStudioError):
@@ -201,19 +216,24 @@ class LabelStudio:
         tasks: Sequence[Mapping[str, Any]],
         batch: int = 250,
         progress: Callable[[int], None] | None = None,
+        *,
+        is_careful: bool = False,
     ) -> list[int]:
         """Ids of the new tasks, in order.
 
         After each batch ``progress`` is told how many tasks were imported so far. An error in a later batch says how
-        many were imported before it.
+        many were imported before it. Where the server failed, ``is_careful`` raises Doubtful rather than send again:
+        it may have failed after the tasks were in.
         """
         ids: list[int] = []
-        path = f"/api/projects/{project_id:d}/import"
+        path, timeout_s = f"/api/projects/{project_id:d}/import", _IMPORT_TIMEOUT_S if is_careful else None
         for start in range(0, len(tasks), batch):
             part = list(tasks[start : start + batch])
             params = {"commit_to_project": "true", "return_task_ids": "true"}
             try:
-                answer = self._object(self._call("POST", path, params=params, body=part), path)
+                answer = self._object(
+                    self._call("POST", path, params=params, body=part, timeout_s=timeout_s, is_careful=is_careful), path
+                )
                 new_ids = answer.get("task_ids")
                 if not isinstance(new_ids, list) or len(new_ids) != len(part):
                     raise LabelStudioError(
@@ -228,31 +248,50 @@ class LabelStudio:
                 progress(len(ids))
         return ids
 
-    def import_predictions(self, project_id: int, predictions: Sequence[Mapping[str, Any]], batch: int = 250) -> int:
+    def import_predictions(
+        self,
+        project_id: int,
+        predictions: Sequence[Mapping[str, Any]],
+        batch: int = 250,
+        *,
+        is_careful: bool = False,
+    ) -> int:
         """How many predictions were stored: all of them.
 
         Each one names its ``task``. Label Studio leaves out those that do not fit the label config without a word;
-        raises LabelStudioError with both numbers then.
+        raises PredictionsLeftOut with both numbers then. ``is_careful`` as for `import_tasks`.
         """
         path = f"/api/projects/{project_id:d}/import/predictions"
         created = 0
         for start in range(0, len(predictions), batch):
-            answer = self._object(self._call("POST", path, body=list(predictions[start : start + batch])), path)
+            part, timeout_s = list(predictions[start : start + batch]), _IMPORT_TIMEOUT_S if is_careful else None
+            answer = self._call("POST", path, body=part, timeout_s=timeout_s, is_careful=is_careful)
+            answer = self._object(answer, path)
             created += int(answer.get("created", 0))
         if created != len(predictions):
-            raise LabelStudioError(
+            raise PredictionsLeftOut(
                 f"Label Studio stored {created} of {len(predictions)} predictions of project {project_id}: the others"
-                " do not fit its label config (tag names and labels must be those of the config)"
+                " do not fit its label config (tag names and labels must be those of the config)",
+                stored=created,
             )
         return created
 
-    def tasks(self, project_id: int, only_annotated: bool = False, page_size: int = 100) -> Iterator[Json]:
+    def tasks(
+        self,
+        project_id: int,
+        only_annotated: bool = False,
+        page_size: int = 100,
+        *,
+        above_id: int = 0,
+        is_bare: bool = False,
+    ) -> Iterator[Json]:
         """Every task with its annotations and predictions, ordered by id; no more than a page is held in memory.
 
-        ``only_annotated`` leaves out tasks that have no annotation, or skipped ones only. Storage addresses
-        (``s3://…``) stay as they were imported.
+        ``only_annotated`` leaves out tasks that have no annotation, or skipped ones only; ``above_id`` those up to a
+        number. ``is_bare`` gives counts (``total_predictions``) in place of annotations and predictions. Storage
+        addresses (``s3://…``) stay as they were imported.
         """
-        last_id = 0
+        last_id = above_id
         while True:
             # Asking for "ids above the last" rather than for page numbers: nothing is missed or seen twice when
             # tasks come, go or get annotated meanwhile.
@@ -260,7 +299,7 @@ class LabelStudio:
             query = {"filters": {"conjunction": "and", "items": filters}, "ordering": ["tasks:id"]}
             params = {
                 "project": project_id,
-                "fields": "all",
+                **({} if is_bare else {"fields": "all"}),
                 "resolve_uri": "false",
                 "page": 1,
                 "page_size": page_size,
@@ -507,13 +546,16 @@ class LabelStudio:
         body: Any = None,
         timeout_s: float | None = None,
         with_token: bool = True,
+        is_careful: bool = False,
     ) -> Any:
         """The answer's JSON; None where it has no body."""
         url = self._absolute(path)
         if params:
             url = url.copy_merge_params(params)
         for _ in range(_REDIRECTS_MAX + 1):
-            answer = self._again(method, url, body=body, timeout_s=timeout_s, with_token=with_token)
+            answer = self._again(
+                method, url, body=body, timeout_s=timeout_s, with_token=with_token, is_careful=is_careful
+            )
             if not answer.location:
                 break
             target = url.join(answer.location)
@@ -542,6 +584,7 @@ class LabelStudio:
         timeout_s: float | None = None,
         max_bytes: int = _ANSWER_MAX_BYTES,
         with_token: bool = True,
+        is_careful: bool = False,
     ) -> _Answer:
         """The answer to a call, made as often as need be and as it may be. Its status is below 400."""
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
@@ -553,7 +596,7 @@ class LabelStudio:
             reraise=True,
         )
         try:
-            return retrying(self._authorized, method, url, content, timeout_s, max_bytes, with_token)
+            return retrying(self._authorized, method, url, content, timeout_s, max_bytes, with_token, is_careful)
         except _Busy as busy:
             raise busy.error from busy.__cause__
 
@@ -568,6 +611,7 @@ class LabelStudio:
         timeout_s: float | None,
         max_bytes: int,
         with_token: bool,
+        is_careful: bool,
     ) -> _Answer:
         authorization = self._authorization() if with_token else ""
         answer = self._once(method, url, content, timeout_s, max_bytes, authorization)
@@ -577,6 +621,8 @@ class LabelStudio:
         if answer.status < 400:
             return answer
         error = self._error(method, url, answer)
+        if is_careful and answer.status >= 500 and answer.status not in _SKIPPED_STATUSES:
+            raise Doubtful(f"{error}; it may have been carried out, so it was not sent again")
         is_locked = answer.status == 500 and b"is locked" in answer.content and b"database" in answer.content
         if (
             answer.status in _SKIPPED_STATUSES
@@ -656,7 +702,7 @@ class LabelStudio:
             lost = f"{method} {_shown(str(url))} got no whole answer ({self._safe(reason)})"
             if method in _IDEMPOTENT_METHODS or url.path.endswith("/api/token/refresh/"):
                 raise _Busy(Unreachable(lost)) from error
-            raise LabelStudioError(f"{lost}; it may have been carried out, so it was not sent again") from error
+            raise Doubtful(f"{lost}; it may have been carried out, so it was not sent again") from error
 
     def _error(self, method: str, url: httpx.URL, answer: _Answer) -> LabelStudioError:
         reason = self._safe(_reason(answer))
@@ -745,10 +791,16 @@ def _lifetime_s(access: str) -> float:
 
 
 def _retry_after_s(headers: httpx.Headers) -> float:
+    """Seconds, or a date as HTTP also has it (RFC 9110, 10.2.3)."""
+    told = headers.get("retry-after", "0")
     try:
-        return min(max(float(headers.get("retry-after", "0")), 0.0), _RETRY_AFTER_MAX_S)
+        wait_s = float(told)
     except ValueError:
-        return 0.0
+        try:
+            wait_s = parsedate_to_datetime(told).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(wait_s, 0.0), _RETRY_AFTER_MAX_S) if math.isfinite(wait_s) else 0.0
 
 
 def _busy(state: tenacity.RetryCallState) -> _Busy:

@@ -45,8 +45,9 @@ SHIPPED_WEIGHTS = Path(__file__).resolve().parent.parent / "model_weights" / "co
 ARCHITECTURE = "geoprelabel-compact-1"
 HEADS_KIND = "geoprelabel-heads-1"
 
-_SCORING_FACTORS = 15
-"""Factors that a scoring has: one for each of `backend.instances.FEATURES`, and a constant."""
+_SCORING_FACTORS, _WITHOUT_EVIDENCE = 17, 15
+"""Factors that a scoring has: one for each of `backend.instances.FEATURES`, and a constant. Older ones know nothing of
+the evidence, which comes last of the features."""
 
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
@@ -212,13 +213,18 @@ class Pyramid(nn.Module):
         self.fine = nn.Conv2d(16, FINE, 1)
 
     def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.merged(taps[1:]), self.fine(taps[0])
+
+    def merged(self, taps: Sequence[Tensor]) -> Tensor:
+        """Coarse features, from those of the trunk at strides 4, 8, 16 and 32."""
         x: Tensor | None = None
-        for lateral, smooth, tap in zip(reversed(self.lateral), reversed(self.smooth), reversed(taps[1:]), strict=True):
+        for lateral, smooth, tap in zip(reversed(self.lateral), reversed(self.smooth), reversed(taps), strict=True):
             y = lateral(tap)
             if x is not None:
                 y = y + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             x = y + smooth(y)
-        return self.last(x), self.fine(taps[0])
+        coarse: Tensor = self.last(x)
+        return coarse
 
 
 class DenseHead(nn.Module):
@@ -236,6 +242,27 @@ class DenseHead(nn.Module):
         logits: Tensor = self.out(F.relu(self.fine(torch.cat([x, fine], 1))))
         return logits
 
+
+class ProjectHead(nn.Module):
+    """What a project trains for a label: a pyramid of its own on the shared trunk, and a dense head on that.
+
+    Takes what `CompactSegmenter.inner` gives, in that order. Trunk and fine features stay as they are, and so do
+    clicks; a tile's embedding costs little more.
+    """
+
+    def __init__(self, pyramid: Pyramid | None = None, dense: DenseHead | None = None) -> None:
+        """Copies of those given, or untrained ones."""
+        super().__init__()
+        self.pyramid = copy.deepcopy(pyramid or Pyramid()).requires_grad_(True)
+        del self.pyramid.fine
+        self.dense = copy.deepcopy(dense or DenseHead()).requires_grad_(True)
+
+    def forward(self, fine: Tensor, *taps: Tensor) -> Tensor:
+        logits: Tensor = self.dense(self.pyramid.merged(taps), fine)
+        return logits
+
+
+AnyHead = DenseHead | ProjectHead
 
 _CLICK_SPREAD_CELLS = (1.0, 4.0, 16.0)
 _PROMPT_MAPS = 2 * len(_CLICK_SPREAD_CELLS) + 2
@@ -416,6 +443,7 @@ class CompactNet(nn.Module):
         super().__init__()
         self.labels = tuple(labels)
         self.scoring: Mapping[str, tuple[float, ...]] = {}
+        self.evidence: Mapping[str, NDArray[np.float32]] = {}
         self.trunk = Trunk()
         self.pyramid = Pyramid()
         self.decoder = PromptDecoder()
@@ -423,10 +451,15 @@ class CompactNet(nn.Module):
 
     def features(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse (N, 48, H/4, W/4) and fine (N, 8, H/2, W/2) features of images (N, 3, H, W), 0…255, H and W in 32s."""
+        coarse, fine = self.pyramid(self.taps(rgb))
+        return coarse, fine
+
+    def taps(self, rgb: Tensor) -> list[Tensor]:
+        """The trunk's features of such images, at strides 2, 4, 8, 16 and 32."""
         mean = rgb.new_tensor(MEAN_RGB).view(1, 3, 1, 1) * 255
         std = rgb.new_tensor(STD_RGB).view(1, 3, 1, 1) * 255
-        coarse, fine = self.pyramid(self.trunk((rgb - mean) / std))
-        return coarse, fine
+        taps: list[Tensor] = self.trunk((rgb - mean) / std)
+        return taps
 
 
 def save_weights(net: CompactNet, path: Path, notes: Mapping[str, str]) -> None:
@@ -514,11 +547,28 @@ def read_scoring(metadata: Mapping[str, str], path: Path) -> dict[str, tuple[flo
     except (ValueError, TypeError, AttributeError) as error:
         raise BadWeights(f"{path} has a scoring that cannot be read") from error
     for label, factors in scoring.items():
+        if len(factors) == _WITHOUT_EVIDENCE:
+            factors = scoring[label] = (*factors[:-1], 0.0, 0.0, factors[-1])
         if len(factors) != _SCORING_FACTORS or not all(map(math.isfinite, factors)):
             raise BadWeights(
                 f"{path} has {len(factors)} factors to score {label} by; {_SCORING_FACTORS} finite ones count"
             )
     return scoring
+
+
+def _read_evidence(metadata: Mapping[str, str], path: Path) -> dict[str, NDArray[np.float32]]:
+    """By label, what coarse and fine features weigh inside an object and round it, (2, 56)."""
+    try:
+        listed = json.loads(metadata.get("evidence", "{}"))
+        evidence = {str(label): np.array(weights, np.float32) for label, weights in listed.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadWeights(f"{path} has evidence that cannot be read") from error
+    for label, weights in evidence.items():
+        if weights.shape != (2, COARSE + FINE) or not np.isfinite(weights).all():
+            raise BadWeights(
+                f"{path} has evidence for {label} of {weights.shape}; (2, {COARSE + FINE}) finite ones count"
+            )
+    return evidence
 
 
 def _load_base(path: Path) -> tuple[CompactNet, str]:
@@ -540,6 +590,7 @@ def _load_base(path: Path) -> tuple[CompactNet, str]:
         )
     net = CompactNet(_labels(metadata, path))
     net.scoring = read_scoring(metadata, path)
+    net.evidence = _read_evidence(metadata, path)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -547,7 +598,7 @@ def _load_base(path: Path) -> tuple[CompactNet, str]:
     return net, f"compact-{sha256[:8]}"
 
 
-def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], dict[str, tuple[float, ...]], str]:
+def _load_heads(path: Path, base_version: str) -> tuple[dict[str, AnyHead], dict[str, tuple[float, ...]], str]:
     content, metadata, tensors = _read(path, "a project's heads")
     if metadata.get("kind") != HEADS_KIND:
         raise BadWeights(f"{path} holds {metadata.get('kind', 'weights of an unnamed kind')}, not {HEADS_KIND}")
@@ -555,11 +606,12 @@ def _load_heads(path: Path, base_version: str) -> tuple[dict[str, DenseHead], di
         raise BadWeights(
             f"{path} was trained on {metadata.get('base')}, and {base_version} is loaded; train the project again"
         )
-    heads = {}
+    heads: dict[str, AnyHead] = {}
     for i, label in enumerate(_labels(metadata, path)):
-        head = DenseHead()
+        own = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{i}.")}
+        head: AnyHead = ProjectHead() if any(name.startswith("pyramid.") for name in own) else DenseHead()
         try:
-            head.load_state_dict({name.split(".", 1)[1]: v for name, v in tensors.items() if name.startswith(f"{i}.")})
+            head.load_state_dict(own)
         except RuntimeError as error:
             raise BadWeights(f"{path} does not fit the network: {str(error).splitlines()[0]}") from error
         heads[label] = head
@@ -600,9 +652,10 @@ class CompactSegmenter:
         self._device = torch.device(device)
         self._net = net.eval().requires_grad_(False).to(self._device)
         self._net.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its types
-        self._heads: dict[str, DenseHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
+        self._heads: dict[str, AnyHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
         self._scoring = net.scoring
-        self.base_version = base_version
+        self._evidence = {label.casefold(): torch.from_numpy(v).to(self._device) for label, v in net.evidence.items()}
+        self._net_version = self.base_version = base_version
         self.version = base_version
 
     @classmethod
@@ -617,36 +670,52 @@ class CompactSegmenter:
 
     def with_heads(self, path: Path) -> CompactSegmenter:
         """The same network with a project's heads: they replace those of the same name, and come after the others."""
-        heads, scoring, name = _load_heads(path, self.base_version)
+        heads, scoring, name = _load_heads(path, self._net_version)
         trained = {label.casefold() for label in heads}
         kept = {label: head for label, head in self._heads.items() if label.casefold() not in trained}
         new = self.with_only(kept | heads, {**self._scoring, **scoring})
-        new.version = f"{self.base_version}-{name}"
+        new.version = f"{self._net_version}-{name}"
         return new
 
     def with_only(
-        self, heads: Mapping[str, DenseHead], scoring: Mapping[str, tuple[float, ...]] | None = None
+        self, heads: Mapping[str, AnyHead], scoring: Mapping[str, tuple[float, ...]] | None = None
     ) -> CompactSegmenter:
         """The same network and name with these heads alone, and with this scoring where one is given."""
         new = copy.copy(self)
         new._heads = {label: head.eval().requires_grad_(False).to(self._device) for label, head in heads.items()}
         new._scoring = self._scoring if scoring is None else scoring
+        own = new._own_pyramids()
+        # Embeddings hold what these pyramids make of the image.
+        new.base_version = f"{self._net_version}+{_digest(own)}" if own else self._net_version
         return new
 
-    def new_head(self) -> DenseHead:
-        """A head to be trained, on features ``coarse`` and ``fine`` of an embedding."""
-        return DenseHead()
+    def _own_pyramids(self) -> dict[str, Pyramid]:
+        """By the name that their features have in an embedding, the pyramids of heads that have one of their own."""
+        return {
+            f"coarse {label.casefold()}": head.pyramid
+            for label, head in self._heads.items()
+            if isinstance(head, ProjectHead)
+        }
+
+    def new_head(self) -> ProjectHead:
+        """A head to be trained, that knows nothing yet."""
+        return ProjectHead(self._net.pyramid)
+
+    def trainable_head(self, label: str) -> ProjectHead | None:
+        """A copy of the label's head to be trained, which does the same as that one; None where there is none."""
+        head = self.head(label)
+        return ProjectHead(self._net.pyramid, head) if isinstance(head, DenseHead) else copy.deepcopy(head)
 
     def save_heads(
         self,
-        heads: Mapping[str, DenseHead],
+        heads: Mapping[str, AnyHead],
         path: Path,
         notes: Mapping[str, str] | None = None,
         *,
         scoring: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Write a project's heads by label, whole or not at all; ``with_heads`` reads them."""
-        save_heads(heads, self.base_version, path, notes, scoring=scoring)
+        save_heads(heads, self._net_version, path, notes, scoring=scoring)
 
     @property
     def scoring(self) -> Mapping[str, tuple[float, ...]]:
@@ -658,7 +727,7 @@ class CompactSegmenter:
         """Classes that ``dense`` finds."""
         return tuple(self._heads)
 
-    def head(self, label: str) -> DenseHead | None:
+    def head(self, label: str) -> AnyHead | None:
         """The head of a label, matched without regard to case; None where there is none."""
         return next((head for name, head in self._heads.items() if name.casefold() == label.casefold()), None)
 
@@ -682,33 +751,23 @@ class CompactSegmenter:
 
         The network sees it ``scale`` times as large; prompts and outlines stay in the image's own pixels.
         """
-        if (
-            image_rgb.ndim != 3
-            or image_rgb.shape[2] != 3
-            or image_rgb.dtype != np.uint8
-            or min(image_rgb.shape[:2]) < 8
-        ):
-            raise BadImage(
-                f"image must be (H, W, 3) uint8 of at least 8 px a side, got {image_rgb.shape} {image_rgb.dtype}"
-            )
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a positive number, got {scale}")
-        height, width = image_rgb.shape[:2]
-        if scale != 1:
-            size = max(8, round(width * scale)), max(8, round(height * scale))
-            how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-            image_rgb = cast("NDArray[np.uint8]", cv2.resize(image_rgb, size, interpolation=how))
-        bottom, right = (max(2 * STRIDE_PX, math.ceil(n / STRIDE_PX) * STRIDE_PX) - n for n in image_rgb.shape[:2])
-        padded = cv2.copyMakeBorder(image_rgb, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
+        padded, scale_xy = _padded(image_rgb, scale)
         rows, columns = (n // CELL_PX for n in padded.shape[:2])
         coarse = np.empty((COARSE, rows, columns), np.float16)
         fine = np.empty((FINE, 2 * rows, 2 * columns), np.float16)
+        pyramids = self._own_pyramids()
+        own = {name: np.empty_like(coarse) for name in pyramids}
         for y, top, below in _blocks(rows, _BLOCK_CELLS, _OVERLAP_CELLS):
             for x, left, beyond in _blocks(columns, _BLOCK_CELLS, _OVERLAP_CELLS):
                 block = padded[y * CELL_PX : (y + _BLOCK_CELLS) * CELL_PX, x * CELL_PX : (x + _BLOCK_CELLS) * CELL_PX]
-                rgb = torch.from_numpy(np.ascontiguousarray(block)).to(self._device)[None].permute(0, 3, 1, 2).float()
-                one, two = self._net.features(rgb.contiguous(memory_format=torch.channels_last))
-                coarse[:, top:below, left:beyond] = one[0, :, top - y : below - y, left - x : beyond - x].cpu().numpy()
+                taps = self._net.taps(self._batch_of_one(block))
+                one, two = self._net.pyramid(taps)
+                for kept, cells in (
+                    (coarse, one),
+                    *((own[name], pyramid.merged(taps[1:])) for name, pyramid in pyramids.items()),
+                ):
+                    part = cells[0, :, top - y : below - y, left - x : beyond - x]
+                    kept[:, top:below, left:beyond] = part.cpu().numpy()
                 fine[:, 2 * top : 2 * below, 2 * left : 2 * beyond] = (
                     two[0, :, 2 * (top - y) : 2 * (below - y), 2 * (left - x) : 2 * (beyond - x)].cpu().numpy()
                 )
@@ -717,9 +776,29 @@ class CompactSegmenter:
             "coarse": coarse,
             "fine": fine,
             "rgb": np.ascontiguousarray(np.moveaxis(half, -1, 0)),
-            "scale_xy": np.array([image_rgb.shape[1] / width, image_rgb.shape[0] / height]),
+            "scale_xy": scale_xy,
+            **own,
         }
+        height, width = image_rgb.shape[:2]
         return Embedding(features, (height, width), self.base_version)
+
+    @torch.inference_mode()
+    def inner(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> Embedding:
+        """What a `ProjectHead` reads of an image: the fine features, and the trunk's at strides 4, 8, 16 and 32.
+
+        In one piece, so that it takes the more memory the larger the image is.
+        """
+        padded, scale_xy = _padded(image_rgb, scale)
+        taps = self._net.taps(self._batch_of_one(padded))
+        read = {"fine": self._net.pyramid.fine(taps[0]), **{f"stride {4 << i}": tap for i, tap in enumerate(taps[1:])}}
+        features: dict[str, NDArray[np.generic]] = {n: v[0].half().cpu().numpy() for n, v in read.items()}
+        return Embedding(
+            {**features, "scale_xy": scale_xy}, (image_rgb.shape[0], image_rgb.shape[1]), self._net_version
+        )
+
+    def _batch_of_one(self, block: NDArray[np.uint8]) -> Tensor:
+        rgb = torch.from_numpy(np.ascontiguousarray(block)).to(self._device)[None].permute(0, 3, 1, 2).float()
+        return rgb.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def segment(self, embedding: Embedding, prompts: Prompts) -> Masks:
@@ -819,7 +898,10 @@ class CompactSegmenter:
 
     @torch.inference_mode()
     def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
-        """Class and border probabilities of the whole tile, or of its columns and rows from … to."""
+        """Class and border probabilities of the whole tile, with evidence, or of its columns and rows from … to.
+
+        A window comes without evidence, which is there for the shipped classes alone.
+        """
         self._check(embedding)
         height, width = embedding.image_hw
         left, top, right, bottom = window_xyxy or (0, 0, width, height)
@@ -830,28 +912,77 @@ class CompactSegmenter:
             min(n, math.ceil(v) + _HEAD_MARGIN_CELLS)
             for v, n in zip((right, bottom) / cell_xy, (columns, rows), strict=True)
         )
-        logits = np.empty((len(self._heads), 2, 2 * (y1 - y0), 2 * (x1 - x0)), np.float32)
+        weights = [None if window_xyxy else self._evidence.get(label.casefold()) for label in self._heads]
+        speaks = any(weight is not None for weight in weights)
+        logits = np.zeros((len(self._heads), 4 if speaks else 2, 2 * (y1 - y0), 2 * (x1 - x0)), np.float32)
         for y, above, below in _blocks(y1 - y0, _BLOCK_CELLS, _HEAD_MARGIN_CELLS):
             for x, before, beyond in _blocks(x1 - x0, _BLOCK_CELLS, _HEAD_MARGIN_CELLS):
                 block = y0 + y, x0 + x, min(y1 - y0 - y, _BLOCK_CELLS), min(x1 - x0 - x, _BLOCK_CELLS)
                 coarse, fine = (self._cut(embedding, name, each, *block) for name, each in (("coarse", 1), ("fine", 2)))
-                for i, head in enumerate(self._heads.values()):
-                    logits[i, :, 2 * above : 2 * below, 2 * before : 2 * beyond] = (
-                        head(coarse, fine)[0, :, 2 * (above - y) : 2 * (below - y), 2 * (before - x) : 2 * (beyond - x)]
+                for i, ((label, head), weight) in enumerate(zip(self._heads.items(), weights, strict=True)):
+                    if isinstance(head, ProjectHead):
+                        found = head.dense(self._cut(embedding, f"coarse {label.casefold()}", 1, *block), fine)
+                    else:
+                        found = head(coarse, fine)
+                    if weight is not None:
+                        found = torch.cat([found, _weighed(weight, coarse, fine)], 1)
+                    logits[i, : found.shape[1], 2 * above : 2 * below, 2 * before : 2 * beyond] = (
+                        found[0, :, 2 * (above - y) : 2 * (below - y), 2 * (before - x) : 2 * (beyond - x)]
                         .cpu()
                         .numpy()
                     )
-        maps = np.empty((2, len(self._heads), bottom - top, right - left), np.float32)
+        maps = np.empty((*logits.shape[:2], bottom - top, right - left), np.float32)
         for i, kind in np.ndindex(*logits.shape[:2]):
-            maps[kind, i] = _sigmoid(
-                _resampled(logits[i, kind], np.array([x0, y0]) * cell_xy, cell_xy / 2, left, top, right, bottom)
+            maps[i, kind] = _resampled(
+                logits[i, kind], np.array([x0, y0]) * cell_xy, cell_xy / 2, left, top, right, bottom
             )
-        return DenseMaps(self.labels, maps[0], maps[1], self._scoring)
+            if kind < 2:
+                maps[i, kind] = _sigmoid(maps[i, kind])
+        return DenseMaps(self.labels, maps[:, 0], maps[:, 1], self._scoring, maps[:, 2:] if speaks else None)
+
+    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+        """What ``dense`` says of an image's mirror image; `DenseMaps.mean_with_mirrored` joins the two looks."""
+        return self.dense(self.embed(np.ascontiguousarray(image_rgb[:, ::-1]), scale=scale))
 
     def _cut(self, embedding: Embedding, name: str, each: int, top: int, left: int, height: int, width: int) -> Tensor:
         """Part of named features, (1, C, h, w); place and size in cells, of which there are ``each`` a coarse one."""
         part = embedding.features[name][:, top * each : (top + height) * each, left * each : (left + width) * each]
         return torch.from_numpy(part.astype(np.float32)).to(self._device)[None]
+
+
+def _padded(image_rgb: NDArray[np.uint8], scale: float) -> tuple[NDArray[np.uint8], FloatArray]:
+    """The image as the network sees it, its sides in strides, and how many times wider and higher it became."""
+    if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8 or min(image_rgb.shape[:2]) < 8:
+        raise BadImage(
+            f"image must be (H, W, 3) uint8 of at least 8 px a side, got {image_rgb.shape} {image_rgb.dtype}"
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    height, width = image_rgb.shape[:2]
+    if scale != 1:
+        size = max(8, round(width * scale)), max(8, round(height * scale))
+        how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        image_rgb = cast("NDArray[np.uint8]", cv2.resize(image_rgb, size, interpolation=how))
+    bottom, right = (max(2 * STRIDE_PX, math.ceil(n / STRIDE_PX) * STRIDE_PX) - n for n in image_rgb.shape[:2])
+    padded = cv2.copyMakeBorder(image_rgb, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
+    return cast("NDArray[np.uint8]", padded), np.array([image_rgb.shape[1] / width, image_rgb.shape[0] / height])
+
+
+def _digest(modules: Mapping[str, nn.Module]) -> str:
+    """Eight hexadecimal digits that change with the names and values."""
+    content = hashlib.sha256()
+    for name, module in modules.items():
+        content.update(name.encode())
+        for value in module.state_dict().values():
+            content.update(np.ascontiguousarray(value.cpu().numpy()).data)
+    return content.hexdigest()[:8]
+
+
+def _weighed(weight: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
+    """Features times weights, (2, 56), as maps (1, 2, 2h, 2w)."""
+    of_coarse = F.conv2d(coarse, weight[:, :COARSE, None, None])
+    of_fine = F.conv2d(fine, weight[:, COARSE:, None, None])
+    return F.interpolate(of_coarse, scale_factor=2, mode="bilinear", align_corners=False) + of_fine
 
 
 def cell_size_xy(embedding: Embedding) -> FloatArray:

@@ -122,7 +122,12 @@ def export(
         shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(4))
         store = _Store(shapes, regions, makings, joined)
         tally = _Tally(sketch=Sketch() if report_path is not None else None)
-        reader = _Reader(options, config, store, tally, pointless=_pointless(options.format or out.suffix.lower()))
+        edits, pointless = edits or Edits(), _pointless(options.format or out.suffix.lower())
+        if pointless:
+            if lost := len(edits.added) - len(edits.of_outlines().added):
+                tally.dropped[pointless] += lost
+            edits = edits.of_outlines()
+        reader = _Reader(options, config, store, tally, pointless=pointless)
         for task in tasks:
             reader.read(task)
         scenes = reader.finish()
@@ -131,7 +136,7 @@ def export(
         for scene in scenes:
             scene.lineage = checked_lineage(scene.anchor, scene.area(), allow_ballpark=options.allow_ballpark)
         lineages = _ways_out([scene.lineage for scene in scenes if scene.lineage])
-        pending = _Edits(edits or Edits(), scenes)
+        pending = _Edits(edits, scenes)
         written = _write(scenes, store, out, options, config, tally, lineage_record(lineages, made_at=made_at), pending)
     pending.finish(tally)
     report = ExportReport(
@@ -671,7 +676,8 @@ def _write(
             batches,
             out,
             ids_are_numbers=store.ids_are_numbers,
-            has_points=any(rows["is_point"].any() for scene in scenes for rows in scene.outlines),
+            has_points=any(rows["is_point"].any() for scene in scenes for rows in scene.outlines)
+            or any(isinstance(edit.geometry, shapely.Point) for edit in edits.read.added.values()),
             lineage=lineage,
             remarks=remarks,
         )
@@ -719,10 +725,7 @@ def _features_of(
             continue
         yield batch, shapes_px
         if tally.sketch is not None:
-            numbers = np.flatnonzero(_is_area(batch.geometry)).tolist()
-            tally.sketch.add_features(
-                [batch.geometry[i] for i in numbers], [batch.columns["label"][i] for i in numbers]
-            )
+            tally.sketch.add_features(batch.geometry, batch.columns["label"])
         tally.labels.update(batch.columns["label"])
         for label, area_m2 in zip(batch.columns["label"], batch.columns["area_m2"], strict=True):
             tally.label_area_m2[label] += area_m2 or 0.0
@@ -809,8 +812,7 @@ class _Features:
             kept = self._edits.apply(self._scene, columns, geometry, shapes)
             columns = {name: [values[i] for i in kept] for name, values in columns.items() if name != "area_m2"}
             geometry, shapes = geometry[kept], shapes[kept]
-        areas = zip(areas_m2(geometry).tolist(), _is_area(geometry).tolist(), strict=True) if len(geometry) else ()
-        columns["area_m2"] = [area if is_area else None for area, is_area in areas]
+        columns["area_m2"] = _areas_m2(geometry)
         self._keep(shapes, columns)
         return Batch(geometry, columns), shapes
 
@@ -825,7 +827,7 @@ class _Features:
         columns = unknown | {
             "id": [identity for identity, _ in added],
             "label": [edit.label for _, edit in added],
-            "area_m2": areas_m2(geometry).tolist() if added else [],
+            "area_m2": _areas_m2(geometry),
             "scene": [self._scene.name] * len(added),
             "edited": [True] * len(added),
         }
@@ -994,6 +996,12 @@ class _Edits:
             tally.dropped["desktop edit that cannot be read"] += 1
             if len(tally.findings) < _MAX_FINDINGS:
                 tally.findings.append(reason)
+
+
+def _areas_m2(geometry: NDArray[np.object_]) -> list[float | None]:
+    """Area of each; None for points."""
+    areas = zip(areas_m2(geometry).tolist(), _is_area(geometry).tolist(), strict=True) if len(geometry) else ()
+    return [area if is_area else None for area, is_area in areas]
 
 
 def _is_area(shapes: NDArray[np.object_]) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,7 +147,6 @@ def fit(
         examples = list(gathered.examples(tasks, config, names, images, problems, tell))
         if not examples:
             raise TrainingError(f"nothing to learn from: {gathered.summary() or 'no annotation was submitted yet'}")
-        examples = judging.embedded(segmenter, examples, classes, progress=_part(tell, 0.3, 0.5))
         versions = registry.versions(project)
         before = next((version for version in versions if version.is_champion), None)
         champion = live_model(segmenter, before, versions, lambda *seen: problems.add(*damage(*seen)))
@@ -158,9 +157,12 @@ def fit(
             {"tiles_learned": len(split.learn), "tiles_judged": len(split.judge), "labels": ", ".join(classes),
              "parent": champion.version, "base": segmenter.base_version, "seed": SEED, "code": __version__}
         )  # fmt: skip
+        learn: Sequence[Example] = split.learn
+        if not isinstance(segmenter, training.Deep):
+            learn = judging.embedded(segmenter, learn, classes, progress=_part(tell, 0.3, 0.5))
         heads = Path(scratch) / HEADS_FILE
         report = training.train_heads(
-            segmenter, split.learn, classes, out=heads, seed=SEED, max_seconds=settings.training_max_s,
+            segmenter, learn, classes, out=heads, seed=SEED, max_seconds=settings.training_max_s,
             progress=_part(tell, 0.5, 0.8),
         )  # fmt: skip
         challenger = segmenter.with_heads(heads)
@@ -170,8 +172,9 @@ def fit(
             return _known_already(registry, known, settings.promote)
         judged = None
         if split.judge:
+            judge = judging.embedded(champion.segmenter, split.judge, classes)
             judged = judging.judge(
-                champion.segmenter, challenger, split.judge, classes, min_score=settings.model_score_threshold,
+                champion.segmenter, challenger, judge, classes, min_score=settings.model_score_threshold,
                 seed=SEED, progress=_part(tell, 0.8, 0.95),
             )  # fmt: skip
         is_better, why = judging.verdict(judged) if judged else (False, split.why_not)

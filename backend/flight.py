@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import heapq
 import itertools
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -12,6 +15,10 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
+
+IMPORTING = threading.RLock()
+"""Held while a large library is imported that another thread may want too: of two that wait for each other's modules,
+Python lets one go on with half of them."""
 
 
 class Replaced(Exception):
@@ -76,7 +83,8 @@ class SingleFlight(Generic[Result]):
                 self._fly(key, flight, compute)
             return flight.result()
         if leads:
-            threading.Thread(target=self._fly, args=(key, flight, compute), name="flight", daemon=True).start()
+            work = functools.partial(contextvars.copy_context().run, self._fly, key, flight, compute)
+            threading.Thread(target=work, name="flight", daemon=True).start()
         either: tuple[Future[Any], ...] = (flight, claim.replaced)
         wait(either, return_when=FIRST_COMPLETED)
         if not flight.done():
@@ -106,6 +114,8 @@ class Gate:
         self._is_busy = False
         self._order = itertools.count()
         self._turn = threading.Condition()
+        self.on_entered: Callable[[int, float], None] = lambda urgency, waited_s: None
+        """Told of everyone who got in how urgent it was, and how long it waited, in seconds."""
 
     @contextmanager
     def entered(self, *, urgency: int = 0, claim: Claim | None = None) -> Iterator[None]:
@@ -113,7 +123,7 @@ class Gate:
 
         Raises Replaced where the ``claim`` is replaced before its turn.
         """
-        ticket = (-urgency, next(self._order))
+        ticket, came_s = (-urgency, next(self._order)), time.monotonic()
         if claim is not None:
             claim.replaced.add_done_callback(self._wake)
         with self._turn:
@@ -130,6 +140,7 @@ class Gate:
                 raise Replaced
             self._is_busy = True
         try:
+            self.on_entered(urgency, time.monotonic() - came_s)
             yield
         finally:
             with self._turn:
@@ -192,7 +203,9 @@ class FairPool:
                 self._has_started = True
                 for thread in self._threads:
                     thread.start()
-            self._queues.setdefault(group, deque()).append((future, work))
+            # What it logs names the request that it is for.
+            in_context = functools.partial(contextvars.copy_context().run, work)
+            self._queues.setdefault(group, deque()).append((future, in_context))
             self._turn.notify_all()
         return future
 

@@ -65,7 +65,8 @@ _SHAPEFILE_CHARS = 254
 _FOLDER_PREFIX = ".export-"
 _OLD = ".old"
 _TYPES = {0: "Point", 3: "Polygon", 6: "MultiPolygon"}
-_PALETTE = ("#e4572e", "#17bebb", "#ffc914", "#76b041", "#8e6cc3", "#2e86ab", "#d81159", "#9c6644", "#5f6b6d")
+_PALETTE = ("#e4572e", "#17bebb", "#ffc914", "#76b041", "#8e6cc3", "#2e86ab", "#d81159", "#9c6644")
+_NO_LABEL = "#5f6b6d"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -451,6 +452,8 @@ def _write_layer(
             crs="EPSG:4326",
             encoding="UTF-8" if path.suffix.lower() == ".shp" else None,
             layer_metadata=metadata,
+            # The newest that QGIS of the last years, and GDAL from 2.4 on, reads and writes without a warning.
+            dataset_options={"VERSION": "1.2"} if path.suffix.lower() == ".gpkg" else None,
         )
     except Exception:
         if failure:
@@ -487,16 +490,16 @@ def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Rema
         "task": [remark.task for remark in placed],
         "region": [remark.region for remark in placed],
     }
-    frame = geopandas.GeoDataFrame(
-        listed, geometry=np.array([remark.geometry for remark in placed], dtype=object), crs="EPSG:4326"
-    ).astype({name: "str" for name in listed})
-    pyogrio.write_dataframe(frame, path, layer=FINDINGS_LAYER, geometry_type="Unknown", append=False)
+    # Points throughout: QGIS has one kind of geometry a layer, and shows none of a layer of unknown kind that is empty.
+    places = shapely.point_on_surface(np.array([remark.geometry for remark in placed], dtype=object))
+    frame = geopandas.GeoDataFrame(listed, geometry=places, crs="EPSG:4326").astype({name: "str" for name in listed})
+    pyogrio.write_dataframe(frame, path, layer=FINDINGS_LAYER, geometry_type="Point", append=False)
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute(
             "CREATE TABLE layer_styles (id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, f_table_catalog TEXT(256),"
             " f_table_schema TEXT(256), f_table_name TEXT(256), f_geometry_column TEXT(256), styleName TEXT(30),"
             " styleQML TEXT, styleSLD TEXT, useAsDefault BOOLEAN, description TEXT, owner TEXT(30), ui TEXT(30),"
-            " update_time DATETIME DEFAULT CURRENT_TIMESTAMP)"
+            " update_time DATETIME DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')))"
         )
         database.executemany(
             "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, f_geometry_column, styleName,"
@@ -518,12 +521,15 @@ def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Rema
                 ),
             ],
         )
-        database.execute(f"CREATE TABLE {EXPORTED_TABLE} (id TEXT PRIMARY KEY NOT NULL, label TEXT, digest TEXT)")
-        rows = database.execute(f"SELECT id, label, geom FROM {_quoted(path.stem)}")
-        database.executemany(
-            f"INSERT OR IGNORE INTO {EXPORTED_TABLE} VALUES (?, ?, ?)",
-            ((identity, label, geometry_digest(blob)) for identity, label, blob in rows),
+        database.execute(
+            f"CREATE TABLE {EXPORTED_TABLE} (id TEXT PRIMARY KEY NOT NULL, label TEXT, digest TEXT, layer TEXT)"
         )
+        for layer in [path.stem, *([path.stem + POINTS_SUFFIX] if has_points else [])]:
+            rows = database.execute(f"SELECT id, label, geom FROM {quoted(layer)}")
+            database.executemany(
+                f"INSERT OR IGNORE INTO {EXPORTED_TABLE} VALUES (?, ?, ?, ?)",
+                ((identity, label, geometry_digest(blob), layer) for identity, label, blob in rows),
+            )
         database.executemany(
             "INSERT INTO gpkg_contents (table_name, data_type, identifier, description, srs_id)"
             " VALUES (?, 'attributes', ?, ?, 0)",
@@ -534,7 +540,8 @@ def _finish_geopackage(path: Path, labels: Iterable[str], remarks: Sequence[Rema
         )
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """The name of a table or column as SQL takes any."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -557,10 +564,11 @@ def geometry_digest(blob: bytes | None) -> str:
 def _style(labels: Iterable[str], kind: str = "fill") -> str:
     """A QGIS style (QML) that gives each label a colour."""
     categories, symbols = "", ""
-    for number, label in enumerate(sorted(labels)):
-        value, shown = quoteattr(label), quoteattr(label or "no label")
+    # The empty one takes all that the others do not: without it, a label that is new on the desktop would not be seen.
+    for number, label in enumerate([*sorted(set(labels) - {""}), ""]):
+        value, shown = quoteattr(label), quoteattr(label or "no label, or another")
         categories += f'<category render="true" symbol="{number}" type="string" value={value} label={shown}/>'
-        symbols += _symbol(number, kind, _PALETTE[number % len(_PALETTE)])
+        symbols += _symbol(number, kind, _PALETTE[number % len(_PALETTE)] if label else _NO_LABEL)
     return _qml(
         '<renderer-v2 type="categorizedSymbol" attr="label" symbollevels="0" forceraster="0" enableorderby="0">'
         f"<categories>{categories}</categories><symbols>{symbols}</symbols></renderer-v2>"
@@ -568,7 +576,6 @@ def _style(labels: Iterable[str], kind: str = "fill") -> str:
 
 
 def _findings_style() -> str:
-    # Points and polygons in one layer: a marker at the middle of either.
     symbol = _symbol(0, "marker", _PALETTE[0])
     return _qml(
         '<renderer-v2 type="singleSymbol" symbollevels="0" forceraster="0" enableorderby="0">'
@@ -584,9 +591,12 @@ def _symbol(number: int, kind: str, colour: str) -> str:
     if kind == "marker":
         options |= {"name": "circle", "size": "3"}
     listed = "".join(f'<Option type="QString" name="{name}" value="{value}"/>' for name, value in options.items())
+    # What QGIS read before 3.26; newer ones look no further than the options.
+    old = "".join(f'<prop k="{name}" v="{value}"/>' for name, value in options.items())
     return (
         f'<symbol name="{number}" type="{kind}" alpha="1" clip_to_extent="1" force_rhr="0">'
-        f'<layer class="{layer}" enabled="1" locked="0" pass="0"><Option type="Map">{listed}</Option></layer></symbol>'
+        f'<layer class="{layer}" enabled="1" locked="0" pass="0"><Option type="Map">{listed}</Option>{old}</layer>'
+        "</symbol>"
     )
 
 

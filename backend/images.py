@@ -21,9 +21,12 @@ import ssl
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpcore
@@ -33,9 +36,11 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from .client import Elsewhere, FileTooLarge, LabelStudio
-from .errors import BadImage, ImageRefused, LabelStudioDenied, LabelStudioError
+from .errors import BadImage, BadScene, ImageRefused, LabelStudioDenied, LabelStudioError
 from .flight import SingleFlight
 from .settings import Settings
+from .stores import store_at
+from .tiles import SceneTiles
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,9 @@ _READ_TIMEOUT_S = 15.0
 _FETCH_TIMEOUT_S = 60.0
 _KEPT_S = 300.0
 """How long a decoded image counts as fresh; tiles and local files are looked at each time."""
+
+_deadline_s: ContextVar[float] = ContextVar("deadline_s", default=float("inf"))
+"""When the fetch that this thread is at has to be over, in monotonic seconds."""
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -103,7 +111,9 @@ class ImageStore:
         self._label_studio = label_studio
         self._local_files = settings.local_files_document_root
         self._tiles_dir = settings.tiles_dir
+        self._scene_tiles = SceneTiles(settings.scenes_dir)
         self._tile_hosts = _tile_hosts(settings)
+        self._buckets = settings.image_buckets
         self._max_bytes = settings.image_max_mb * 2**20
         self._max_pixels = settings.image_max_megapixels * 1_000_000
         at = urlsplit(label_studio.url if label_studio else settings.label_studio_url)
@@ -117,6 +127,8 @@ class ImageStore:
         self._kept: OrderedDict[tuple[str, int | None], _Kept] = OrderedDict()
         self._kept_bytes = 0
         self._flights: SingleFlight[Image] = SingleFlight()
+        self.on_asked: Callable[[bool], None] = lambda is_kept: None
+        """Told of each image that is asked for whether it was kept."""
         self._lock = threading.Lock()
         # Pillow warns above its own limit; ours is checked before any pixel is decoded.
         if PIL.Image.MAX_IMAGE_PIXELS is not None:
@@ -130,6 +142,8 @@ class ImageStore:
         """
         if not isinstance(url, str) or not url:
             raise BadImage(f"a task's image must be an address, got {url!r:.80}")
+        if not isinstance(task_id, int) or isinstance(task_id, bool) or not 0 <= task_id < 2**63:
+            task_id = None
         # A storage address means another file in another project; every other address means the same for all tasks.
         name = url if len(url) < 2048 else hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
         key = (name, task_id if url.partition(":")[0].lower() in _STORAGE_SCHEMES else None)
@@ -139,7 +153,9 @@ class ImageStore:
             kept = self._kept.get(key)
             if kept and kept.stamp == stamp and time.monotonic() < kept.until_s:
                 self._kept.move_to_end(key)
+                self.on_asked(True)
                 return kept.image
+        self.on_asked(False)
 
         def load() -> Image:
             image = self._load(url, path, task_id)
@@ -149,9 +165,20 @@ class ImageStore:
 
         return self._flights.do(key, load)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that kept images take, in bytes."""
+        return self._kept_bytes
+
+    @property
+    def limit_mb(self) -> int:
+        """Memory that kept images may take, in MB."""
+        return self._cache_bytes // 2**20
+
     def close(self) -> None:
         """Let go of all connections and kept images."""
         self._web.close()
+        self._scene_tiles.close()
         with self._lock:
             self._kept.clear()
             self._kept_bytes = 0
@@ -168,7 +195,7 @@ class ImageStore:
             self._kept_bytes -= oldest.image.rgb.nbytes
 
     def _load(self, url: str, path: Path | None, task_id: int | None) -> Image:
-        content = self._read_file(path, url) if path else self._bytes(url, task_id)
+        content = (self._made(path) or self._read_file(path, url)) if path else self._bytes(url, task_id)
         shown = shown_url(url)
         rgb = decode(content, name=shown, max_pixels=self._max_pixels)
         return Image(rgb=rgb, key=hashlib.sha256(content).hexdigest())
@@ -178,6 +205,8 @@ class ImageStore:
         if scheme == "data":
             return self._data_bytes(url)
         _refuse_tricks(url)
+        if scheme == "s3" and (bucket := next((one for one in self._buckets if url.startswith(f"{one}/")), "")):
+            return self._from_bucket(bucket, url)
         if scheme in _STORAGE_SCHEMES:
             if task_id is None:
                 raise BadImage(f"{shown_url(url)}: a storage address can be resolved for a stored task only, by its id")
@@ -235,6 +264,16 @@ class ImageStore:
             raise BadImage(f"{shown} cannot be fetched: {error}") from error
         return self._web.get(got.url) if isinstance(got, Elsewhere) else got
 
+    def _from_bucket(self, bucket: str, url: str) -> bytes:
+        """By the operator's own keys: only what lies in the buckets that they named."""
+        try:
+            content = store_at(bucket).get(url.removeprefix(f"{bucket}/"), max_bytes=self._max_bytes)
+        except BadScene as error:
+            raise BadImage(f"{shown_url(url)} cannot be fetched: {error}") from error
+        if content is None:
+            raise BadImage(f"{shown_url(url)}: no such object in the bucket")
+        return content
+
     def _data_bytes(self, url: str) -> bytes:
         found = re.match(r"data:image/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", url[:200], re.IGNORECASE)
         if not found:
@@ -272,16 +311,26 @@ class ImageStore:
         path = (self._tiles_dir / scene / name).resolve()
         if not path.is_relative_to(self._tiles_dir.resolve()):
             raise ImageRefused(f"{shown_url(url)}: leads out of the tiles folder {self._tiles_dir}")
-        if not path.is_file():
+        if not _is_file(path) and self._scene_tiles.etag(scene, name) is None:
             raise BadImage(f"{shown_url(url)}: no such tile in {self._tiles_dir}; is GEOPRELABEL_DATA_DIR right?")
         return path
+
+    def _made(self, path: Path) -> bytes | None:
+        """A tile that is made when it is asked for; None for a file that is there."""
+        if _is_file(path) or not path.is_relative_to(self._tiles_dir.resolve()):
+            return None
+        scene, _, name = path.relative_to(self._tiles_dir.resolve()).as_posix().partition("/")
+        try:
+            return self._scene_tiles.image(scene, name)
+        except BadScene as error:
+            raise BadImage(str(error)) from error
 
     def _document(self, url: str, query: str) -> Path | None:
         assert self._local_files is not None
         name = parse_qs(query, keep_blank_values=True).get("d", [""])[0].replace("\\", "/").lstrip("/")
         root = self._local_files.resolve()
         path = (root / name).resolve()
-        if path.is_relative_to(root) and path.is_file():
+        if path.is_relative_to(root) and _is_file(path):
             return path
         # The folder may be Label Studio's alone; it has its own rules for what lies where.
         if self._label_studio is not None:
@@ -321,10 +370,11 @@ class _Web:
 
     def get(self, url: str) -> bytes:
         """The body at that address. Raises ImageRefused or BadImage; follows three redirects, each checked anew."""
-        shown, deadline_s = shown_url(url), time.monotonic() + _FETCH_TIMEOUT_S
+        shown = shown_url(url)
+        deadline = _deadline_s.set(time.monotonic() + _FETCH_TIMEOUT_S)
         try:
             for _ in range(_REDIRECTS_MAX + 1):
-                location, content = self._once(url, deadline_s)
+                location, content = self._once(url)
                 if not location:
                     return content
                 url = str(httpx.URL(url).join(location))
@@ -333,9 +383,11 @@ class _Web:
             raise BadImage(f"{shown} cannot be fetched ({reason[:200]})") from error
         except (httpx.InvalidURL, httpcore.UnsupportedProtocol, UnicodeError) as error:
             raise ImageRefused(f"{shown_url(url)}: not an address that can be fetched") from error
+        finally:
+            _deadline_s.reset(deadline)
         raise BadImage(f"{shown}: more than {_REDIRECTS_MAX} redirects")
 
-    def _once(self, url: str, deadline_s: float) -> tuple[str, bytes]:
+    def _once(self, url: str) -> tuple[str, bytes]:
         """Where a redirect leads, or else the body."""
         shown, target = shown_url(url), httpx.URL(url)
         if target.scheme not in ("http", "https") or not target.host:
@@ -367,8 +419,6 @@ class _Web:
                 size += len(part)
                 if size > self._max_bytes:
                     raise _too_large(shown, self._max_bytes)
-                if time.monotonic() > deadline_s:
-                    raise BadImage(f"{shown} cannot be fetched: not there after {_FETCH_TIMEOUT_S:g} s")
                 parts.append(part)
             return "", b"".join(parts)
 
@@ -391,7 +441,8 @@ class _CheckedAddresses(httpcore.NetworkBackend):
         failed: Exception | None = None
         for address in self._addresses(host, port):
             try:
-                return self._tcp.connect_tcp(address, port, timeout, local_address, socket_options)
+                stream = self._tcp.connect_tcp(address, port, _left_s(timeout), local_address, socket_options)
+                return _TimedStream(stream)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failed = error
         raise failed or httpcore.ConnectError(f"{host} has no address")
@@ -420,6 +471,50 @@ class _CheckedAddresses(httpcore.NetworkBackend):
                         f" from there, set GEOPRELABEL_IMAGE_HOSTS={host[:100]}:{port}"
                     )
         return addresses
+
+
+class _TimedStream(httpcore.NetworkStream):
+    """A connection whose reads and writes all end with the fetch's time, however little each of them brings."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _left_s(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _left_s(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        # A handshake is many reads, and its timeout is for each of them; TLS takes the socket itself away.
+        with self._stream.get_extra_info("socket").dup() as twin:
+
+            def hang_up() -> None:
+                with suppress(OSError):
+                    twin.shutdown(socket.SHUT_RDWR)
+
+            limit = threading.Timer(_left_s(timeout), hang_up)
+            limit.start()
+            try:
+                return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, timeout))
+            finally:
+                limit.cancel()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _left_s(timeout: float | None) -> float:
+    """The timeout, or what is left of the fetch's time, in seconds. Raises ReadTimeout where nothing is."""
+    left_s = _deadline_s.get() - time.monotonic()
+    if left_s <= 0:
+        raise httpcore.ReadTimeout(f"not there after {_FETCH_TIMEOUT_S:g} s")
+    return min(left_s, _READ_TIMEOUT_S if timeout is None else timeout)
 
 
 def is_public(address: str) -> bool:
@@ -484,7 +579,7 @@ def shown_url(url: str) -> str:
     # Which file is meant stands in the query there, and is no secret.
     if path.rstrip("/").endswith("/data/local-files") and (named := parse_qs(query).get("d")):
         shown += f"?d={named[0]}"
-    return "".join(letter if letter.isprintable() else "?" for letter in shown)[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in shown[:200])
 
 
 def _rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
@@ -540,6 +635,14 @@ def _plain_path(path: str) -> str:
     if re.search(r"%(?:2f|5c|25|00)", path.partition("?")[0], re.IGNORECASE):
         raise ImageRefused(f"{shown_url(path)}: encoded slashes do not belong in Label Studio's paths")
     return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A name too long for the file system, say.
+        return False
 
 
 def _stamp(path: Path | None) -> tuple[int, ...]:

@@ -6,44 +6,30 @@ run that was interrupted goes on where it stopped; with other options it starts 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
-import queue
-import re
-import tempfile
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, pairwise
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from affine import Affine
-from numpy.typing import NDArray
-from PIL import Image
 
+from .cutting import Work, cut
 from .errors import BadScene
 from .manifest import Manifest
 from .mosaics import mosaic
 from .prelabels import Labelled, Outlines, outlines_on
-from .scenes import Pixels, Scene, SceneOptions, look
-from .sources import Source, sources
-from .tile import WEB_MERCATOR_HALF_M, Tile
+from .scenes import Scene, SceneOptions, look
+from .sources import Source, is_remote, sources
+from .stores import PART, Store, store_at, whole, whole_text
+from .tile import Tile
+from .tiles import FORMATS, NAME, Planned, TileSet, forget, register, signature
+from .tiles import plan as plan
 
 log = logging.getLogger(__name__)
-
-FORMATS = ("jpg", "png", "webp")
-
-_PART = ".ingest-"
-"""How the names of files begin that are not yet whole."""
-
-_TILE_NAME = re.compile(r"^(?:r\d{4,}_c\d{4,}|\d+/\d+/\d+)\.(?:jpg|png|webp)$")
 
 
 class Progress(Protocol):
@@ -85,21 +71,6 @@ class IngestOptions(SceneOptions):
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One tile of the plan."""
-
-    row: int
-    column: int
-    """Of the grid of tiles, from the north-west."""
-
-    window: tuple[int, int, int, int]
-    """First column, first row, columns and rows, in scene pixels."""
-
-    core: tuple[int, int, int, int]
-    """The same in tile pixels, of the part that no other tile claims."""
-
-
-@dataclass(frozen=True, slots=True)
 class IngestReport:
     """What came of it."""
 
@@ -118,6 +89,9 @@ class IngestReport:
 
     tasks_path: Path
     manifest_path: Path
+    planned: int = 0
+    """Tiles that the backend makes when they are asked for."""
+
     outside: int = 0
     """Tiles left out because they lie outside the area that was asked for."""
 
@@ -133,7 +107,8 @@ class IngestReport:
     def sentence(self) -> str:
         """For a person."""
         scenes = f"{self.scenes} scene{'s' if self.scenes != 1 else ''}"
-        parts = [f"{self.tiles} tiles of {scenes} in {self.tasks_path}: {self.written} written, {self.kept} kept"]
+        how = f"{self.planned} made on demand" if self.planned else f"{self.written} written, {self.kept} kept"
+        parts = [f"{self.tiles} tiles of {scenes} in {self.tasks_path}: {how}"]
         if self.empty:
             parts.append(f"{self.empty} without data left out")
         if self.outside:
@@ -146,48 +121,6 @@ class IngestReport:
         return ", ".join(parts)
 
 
-# Plan -----------------------------------------------------------------------------------------------------------------
-
-
-def starts(length: int, size: int, step: int) -> list[int]:
-    """First pixel of each tile along one axis.
-
-    The tiles cover ``0 … length`` without a gap, none reaches past the end, and the last one is moved back rather than
-    cut short.
-    """
-    if length <= size:
-        return [0]
-    return [*range(0, length - size, step), length - size]
-
-
-def plan(width: int, height: int, *, tile_size: int = 512, overlap: int = 64) -> list[Planned]:
-    """The tiles of a scene of that many pixels, row by row.
-
-    Together they cover it; each is ``tile_size`` square unless the scene is smaller. Their cores cover each pixel once:
-    they meet in the middle of what neighbours share.
-    """
-    columns, rows = (_spans(length, tile_size, tile_size - overlap) for length in (width, height))
-    return list(_spots(columns, rows))
-
-
-_Span = tuple[int, int, int, int]
-
-
-def _spots(columns: Sequence[_Span], rows: Sequence[_Span]) -> Iterator[Planned]:
-    for row, (y, h, core_y, core_h) in enumerate(rows):
-        for column, (x, w, core_x, core_w) in enumerate(columns):
-            yield Planned(row, column, (x, y, w, h), (core_x - x, core_y - y, core_w, core_h))
-
-
-def _spans(length: int, size: int, step: int) -> list[_Span]:
-    """Start and length of each tile, and of its core, along one axis of the scene."""
-    first = starts(length, size, step)
-    side = min(length, size)
-    # Neighbours a and b share b … a + side.
-    borders = [0, *((a + side + b) // 2 for a, b in pairwise(first)), length]
-    return [(start, side, borders[i], borders[i + 1] - borders[i]) for i, start in enumerate(first)]
-
-
 # Scenes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -195,12 +128,15 @@ def ingest(
     scenes: Sequence[str | Path],
     out: Path,
     *,
-    tiles_url: str,
+    tiles_url: str = "",
     options: IngestOptions | None = None,
     mosaic_name: str = "",
     asset: str = "",
     aoi: Path | None = None,
     prelabels: Labelled | None = None,
+    upload: str = "",
+    is_dynamic: bool = False,
+    secret: str = "",
     workers: int = 1,
     progress: Progress | None = None,
 ) -> IngestReport:
@@ -208,42 +144,58 @@ def ingest(
 
     ``scenes`` are what `sources` takes; with ``mosaic_name`` they are one. ``tiles_url`` is where browsers find
     ``out/tiles``. Of the tiles, those are cut that polygons of ``aoi`` touch; what ``prelabels`` names becomes
-    predictions in the tasks. ``workers`` are threads. Both files describe this run's scenes, and appear whole or not at
-    all. Of several scenes, those that cannot be cut are reported. Raises BadScene with the scene and the way out where
-    nothing is left.
+    predictions in the tasks. ``upload`` is the ``s3://bucket/prefix`` that tiles are written to in place of
+    ``out/tiles``, and their address where there is no ``tiles_url``. With ``is_dynamic`` no tile is written: the
+    scenes are registered in ``out/scenes``, and the backend makes each tile when it is asked for. ``secret`` signs the
+    addresses. ``workers`` are processes. Both files describe this run's scenes, and appear whole or not at all. Of
+    several scenes, those that cannot be cut are reported. Raises BadScene with the scene and the way out where nothing
+    is left.
     """
     options = options or IngestOptions()
+    if upload and (is_dynamic or secret):
+        raise BadScene("tiles that are uploaded are neither made on demand nor signed by this backend")
     found = sources(scenes, mosaic=mosaic_name, asset=asset)
     out.mkdir(parents=True, exist_ok=True)
+    store = store_at(upload or out / "tiles")
+    at = (tiles_url or upload).rstrip("/")
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     refused: dict[str, str] = {}
-    for part in out.glob(f"{_PART}*.part"):
+    for part in out.glob(f"{PART}*.part"):
         part.unlink()
     with (
-        _whole(out / "manifest.parquet") as listed,
-        _whole_text(out / "tasks.json") as file,
+        whole(out / "manifest.parquet") as listed,
+        whole_text(out / "tasks.json") as file,
         Manifest(listed) as manifest,
     ):
         file.write("[")
         for number, source in enumerate(found):
             try:
-                with _scene_of(source, options) as scene:
-                    cutting = _Cutting(scene, source.name, out / "tiles" / source.name, options, tiles_url, prelabels)
+                kept_in = out / "scenes" / f"{source.name}.mosaic" if is_dynamic else None
+                with _scene_of(source, options, kept_in) as scene:
+                    cutting = _Cutting(scene, source.name, options, f"{at}/{source.name}", prelabels, secret)
                     if aoi:
-                        cutting.area, _ = outlines_on(aoi, cutting.whole)
+                        cutting.area, _ = outlines_on(aoi, cutting.placed("--aoi"))
                     if prelabels:
-                        cutting.outlines, reasons = outlines_on(prelabels.path, cutting.whole, prelabels)
+                        cutting.outlines, reasons = outlines_on(
+                            prelabels.path, cutting.placed("--prelabels"), prelabels
+                        )
                         left_out.update(reasons)
-                    for done, cut in _in_order(cutting, max(1, workers)):
-                        counts.update([cut.what])
-                        if cut.task is not None:
-                            file.write(("," if counts["tiles"] else "") + "\n" + cut.task)
-                            counts.update({"tiles": 1, "prelabels": cut.prelabels})
-                            manifest.append(cut.tile, cut.name, cut.nodata_share)
+                    jobs = cutting.jobs(_kept_tiles(store, source.name, cutting.tiles, options), counts)
+                    for job, made in cut(cutting.tiles, None if is_dynamic else store, jobs, workers=workers):
+                        counts.update([made.what])
+                        if made.what != "empty":
+                            tile, task, outlines = cutting.task(job)
+                            file.write(("," if counts["tiles"] else "") + "\n" + task)
+                            counts.update({"tiles": 1, "prelabels": outlines})
+                            manifest.append(tile, job.name.removeprefix(f"{source.name}/"), made.nodata_share)
                         if progress:
-                            message = f"cutting {source.name}, {counts['written'] + counts['kept']} tiles"
-                            progress((number + done) / len(found), message)
+                            message = f"cutting {source.name}, {counts['tiles']} tiles"
+                            progress((number + cutting.done(job)) / len(found), message)
+                    if is_dynamic:
+                        register(out / "scenes", source.name, cutting.tiles, source.addresses)
+                    else:
+                        forget(out / "scenes", source.name)
             except BadScene as error:
                 if len(found) == 1:
                     raise
@@ -254,7 +206,7 @@ def ingest(
             raise BadScene(next(iter(refused.values()), "") or _why_nothing(found, aoi, counts))
     return IngestReport(
         len(found),
-        **{name: counts[name] for name in ("tiles", "written", "kept", "empty", "outside", "prelabels")},
+        **{name: counts[name] for name in ("tiles", "written", "kept", "empty", "outside", "prelabels", "planned")},
         tasks_path=out / "tasks.json",
         manifest_path=out / "manifest.parquet",
         prelabels_left_out=dict(left_out),
@@ -270,174 +222,88 @@ def _why_nothing(found: Sequence[Source], aoi: Path | None, counts: Counter[str]
 
 
 @contextmanager
-def _scene_of(source: Source, options: IngestOptions) -> Iterator[Scene]:
+def _scene_of(source: Source, options: IngestOptions, mosaic_folder: Path | None) -> Iterator[Scene]:
     with ExitStack() as stack:
         address, title = source.addresses[0], ""
         if len(source.addresses) > 1:
-            address, title = stack.enter_context(mosaic(source.addresses)), source.name
+            address, title = stack.enter_context(mosaic(source.addresses, folder=mosaic_folder)), source.name
+        elif not is_remote(address) and Path(address).exists():
+            # The server that makes its tiles may run in another folder.
+            address = str(Path(address).absolute())
         yield look(address, options, tile_size=options.tile_size, name=title)
 
 
 # Tiles ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """What came of one tile of the plan."""
-
-    what: str
-    """``written``, ``kept``, ``empty`` or ``outside``."""
-
-    tile: Tile
-    name: str
-    nodata_share: float = 1.0
-    task: str | None = None
-    """As JSON; None where the tile is left out."""
-
-    prelabels: int = 0
-
-
 class _Cutting:
-    """How one scene is cut: all that a thread needs to know beside the pixels."""
+    """How one scene is cut, and what its tasks say."""
 
     def __init__(
-        self, scene: Scene, name: str, folder: Path, options: IngestOptions, tiles_url: str, labelled: Labelled | None
+        self, scene: Scene, name: str, options: IngestOptions, address: str, labelled: Labelled | None, secret: str
     ) -> None:
-        self.scene, self.name, self.folder, self.options, self.labelled = scene, name, folder, options, labelled
-        self.is_xyz = options.grid == "xyz"
-        overlap = 0 if self.is_xyz else options.overlap
-        self.columns, self.rows = (_spans(side, options.tile_size, options.tile_size - overlap) for side in scene.size)
-        self.total = len(self.columns) * len(self.rows)
-        self.address = f"{tiles_url.rstrip('/')}/{name}"
-        self.whole = Tile(scene.size, scene.crs, scene.transform, scene=name)
+        self.scene, self.name, self.address, self.labelled, self.secret = scene, name, address, labelled, secret
+        self.image_key = options.image_key
+        is_xyz = options.grid == "xyz"
+        overlap = 0 if is_xyz else options.overlap
+        self.tiles = TileSet(scene, options.tile_size, overlap, options.format, options.quality, is_xyz)
         self.stretch = scene.stretch.to_record(scene.bands)
-        # Where every pixel is there, a tile's gaps need no look.
-        self.is_full = not scene.has_gaps and scene.nodata is None and scene.palette is None
         self.area: Outlines | None = None
         self.outlines: Outlines | None = None
-        self.known = _kept_tiles(scene, folder, options, self._is_wanted)
+        self._columns = len(self.tiles.columns)
 
-    def spots(self) -> Iterator[Planned]:
-        return _spots(self.columns, self.rows)
+    def placed(self, wanted_for: str) -> Tile:
+        """The whole scene as a tile. Raises BadScene where it has no place on Earth."""
+        if self.scene.crs is None:
+            raise BadScene(f"{self.name} has no place on Earth, so {wanted_for} cannot be laid over it")
+        return Tile(self.scene.size, self.scene.crs, self.scene.transform, scene=self.name)
 
-    def file_name(self, spot: Planned) -> str:
-        """Of a tile's image, within the scene's folder."""
-        if self.is_xyz:
-            zoom, column, row = self._first_xyz()
-            return f"{zoom}/{column + spot.column}/{row + spot.row}.{self.options.format}"
-        return f"r{spot.row:04d}_c{spot.column:04d}.{self.options.format}"
+    def jobs(self, kept: frozenset[str], counts: Counter[str]) -> Iterator[Work]:
+        """The tiles that are wanted; the others are counted."""
+        for spot in self.tiles:
+            if self.area is not None and not self.area.touch(spot.window):
+                counts["outside"] += 1
+            else:
+                name = self.tiles.name_of(spot)
+                yield Work(spot, f"{self.name}/{name}", name in kept)
 
-    def _first_xyz(self) -> tuple[int, int, int]:
-        """Zoom, column and row of the tile in the scene's north-western corner."""
-        place, side = self.scene.transform, self.options.tile_size
-        span_m = side * place.a
-        column = round((place.c + WEB_MERCATOR_HALF_M) / span_m)
-        return round(np.log2(2 * WEB_MERCATOR_HALF_M / span_m)), column, round((WEB_MERCATOR_HALF_M - place.f) / span_m)
+    def done(self, job: Work) -> float:
+        """The share of the scene up to that tile."""
+        return (job.spot.row * self._columns + job.spot.column + 1) / len(self.tiles)
 
-    def _is_wanted(self, file_name: str) -> bool:
-        if not file_name.endswith(self.options.format):
-            return False
-        numbers = [int(number) for number in re.findall(r"\d+", file_name)]
-        if self.is_xyz:
-            _, column, row = self._first_xyz()
-            spot_row, spot_column = numbers[2] - row, numbers[1] - column
-        else:
-            spot_row, spot_column = numbers[0], numbers[1]
-        return 0 <= spot_row < len(self.rows) and 0 <= spot_column < len(self.columns)
-
-    def cut(self, pixels: Pixels, spot: Planned) -> _Cut:
-        """Write the tile's image, unless it is there, and its task."""
-        name = self.file_name(spot)
-        column, row = spot.window[:2]
-        tile = Tile(
-            size=spot.window[2:],
-            crs=self.scene.crs,
-            transform=self.scene.transform @ Affine.translation(column, row),
-            scene=self.name,
-            window=spot.window,
-            core=spot.core,
-            stretch=self.stretch,
-            source=self.scene.source,
-        )
-        if self.area is not None and not self.area.touch(spot.window):
-            return _Cut("outside", tile, name)
-        is_kept = name in self.known
-        nodata_share = 0.0
-        if not is_kept or not self.is_full:
-            values, valid = pixels.read(spot.window)
-            nodata_share = 1.0 - float(valid.mean())
-            if not valid.any():
-                return _Cut("empty", tile, name)
-            if not is_kept:
-                image = self.scene.stretch.apply(values)
-                if nodata_share:
-                    image = np.where(valid, image, np.uint8(0))
-                _write_image(image, self.folder / name, self.options)
-        tile = replace(tile, gsd_m=round(tile.ground_size_m(), 6))
-        task: dict[str, Any] = {"data": {self.options.image_key: f"{self.address}/{name}", "tile": tile.to_record()}}
+    def task(self, job: Work) -> tuple[Tile, str, int]:
+        """The tile, its task as JSON, and how many outlines that has."""
+        tile = self._tile(job.spot)
+        name = job.name.removeprefix(f"{self.name}/")
+        signed = f"?sig={signature(self.secret, self.name, name)}" if self.secret else ""
+        task: dict[str, Any] = {"data": {self.image_key: f"{self.address}/{name}{signed}", "tile": tile.to_record()}}
         count = 0
         if self.outlines is not None and self.labelled is not None:
             prediction = self.outlines.prediction(tile, self.labelled, name)
             if prediction is not None:
                 task["predictions"] = [prediction]
                 count = len(prediction["result"])
-        text = json.dumps(task, allow_nan=False)
-        return _Cut("kept" if is_kept else "written", tile, name, nodata_share, text, count)
+        return tile, json.dumps(task, allow_nan=False), count
+
+    def _tile(self, spot: Planned) -> Tile:
+        tile = Tile(
+            size=spot.window[2:],
+            scene=self.name,
+            window=spot.window,
+            core=spot.core,
+            stretch=self.stretch,
+            source=self.scene.source,
+        )
+        if self.scene.crs is None:
+            return tile
+        column, row = spot.window[:2]
+        tile = replace(tile, crs=self.scene.crs, transform=self.scene.transform @ Affine.translation(column, row))
+        return replace(tile, gsd_m=round(tile.ground_size_m(), 6))
 
 
-def _in_order(cutting: _Cutting, workers: int) -> Iterator[tuple[float, _Cut]]:
-    """Each tile of the plan once it is cut, in the plan's order, and what share of the scene is done then."""
-    spots = cutting.spots()
-    if workers == 1 or cutting.total < 2 * workers:
-        with cutting.scene.open() as pixels:
-            for number, spot in enumerate(spots, 1):
-                yield number / cutting.total, cutting.cut(pixels, spot)
-        return
-    jobs: queue.SimpleQueue[tuple[Future[_Cut], Planned] | None] = queue.SimpleQueue()
-    # GDAL's reading and warping and the writing of images let other threads run; each has a handle of its own.
-    threads = [threading.Thread(target=_work, args=(cutting, jobs), daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    waiting: deque[Future[_Cut]] = deque()
-    try:
-        for number in range(1, cutting.total + 1):
-            # A few ahead, so that nobody waits for work and memory stays small.
-            for spot in islice(spots, 4 * workers - len(waiting)):
-                future: Future[_Cut] = Future()
-                waiting.append(future)
-                jobs.put((future, spot))
-            yield number / cutting.total, waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-        for _ in threads:
-            jobs.put(None)
-        for thread in threads:
-            thread.join()
-
-
-def _work(cutting: _Cutting, jobs: queue.SimpleQueue[tuple[Future[_Cut], Planned] | None]) -> None:
-    failed: BaseException | None = None
-    with ExitStack() as stack:
-        pixels: Pixels | None = None
-        while (job := jobs.get()) is not None:
-            future, spot = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            if failed is not None:
-                future.set_exception(failed)
-                continue
-            try:
-                pixels = pixels or stack.enter_context(cutting.scene.open())
-                future.set_result(cutting.cut(pixels, spot))
-            except BaseException as error:
-                failed = error
-                future.set_exception(error)
-
-
-def _kept_tiles(scene: Scene, folder: Path, options: IngestOptions, is_wanted: Callable[[str], bool]) -> frozenset[str]:
-    """Images in the folder that this run would make again just so; all others that a run has made are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _kept_tiles(store: Store, name: str, tiles: TileSet, options: IngestOptions) -> frozenset[str]:
+    """Images of the scene that this run would make again just so; all others that a run has made are removed."""
+    scene = tiles.scene
     made_by = {
         "source": scene.fingerprint,
         "crs": scene.crs,
@@ -446,67 +312,14 @@ def _kept_tiles(scene: Scene, folder: Path, options: IngestOptions, is_wanted: C
         "shown": scene.stretch.to_record(scene.bands),
         **{key: value for key, value in asdict(options).items() if key != "image_key"},
     }
-    note = folder.parent / f"{folder.name}.ingest.json"
-    text = json.dumps(made_by, sort_keys=True)
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
-    # What a killed run was writing.
-    for part in (name for name in there if Path(name).match(f"{_PART}*.part")):
-        (folder / part).unlink()
-    there = {name for name in there if _TILE_NAME.match(name)}
-    is_same = note.exists() and note.read_text(encoding="utf-8") == text
-    kept = {name for name in there if is_same and is_wanted(name)}
+    note, text = f"{name}.ingest.json", json.dumps(made_by, sort_keys=True).encode()
+    there = {file for file in store.names(name) if NAME.match(file)}
+    is_same = store.get(note) == text
+    kept = {file for file in there if is_same and tiles.spot_of(file) is not None}
     if stale := there - kept:
-        log.info("%s: removing %d tiles that were made with other options", folder.name, len(stale))
-    for file_name in stale:
-        (folder / file_name).unlink()
+        log.info("%s: removing %d tiles that were made with other options", name, len(stale))
+    for file in stale:
+        store.remove(f"{name}/{file}")
     if not is_same:
-        with _whole_text(note) as file:
-            file.write(text)
+        store.put(note, text)
     return frozenset(kept)
-
-
-def _write_image(image: NDArray[np.uint8], path: Path, options: IngestOptions) -> None:
-    """(1 or 3, rows, columns) as an image file that appears whole or not at all."""
-    # Three times as fast as moving an axis.
-    shown = np.stack(list(np.broadcast_to(image, (3, *image.shape[1:]))), axis=2)
-    if options.grid == "xyz":
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as part:
-        part.write_bytes(_encoded(shown, options))
-
-
-def _encoded(shown: NDArray[np.uint8], options: IngestOptions) -> bytes:
-    buffer = io.BytesIO()
-    match options.format:
-        case "jpg":
-            # Full colour resolution: a red roof's edge is what annotators look at.
-            Image.fromarray(shown).save(buffer, "JPEG", quality=options.quality, subsampling=0)
-        case "png":
-            # The fastest level: aerial images hardly shrink with more.
-            Image.fromarray(shown).save(buffer, "PNG", compress_level=1)
-        case _:
-            Image.fromarray(shown).save(buffer, "WEBP", quality=options.quality)
-    return buffer.getvalue()
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Where to write what takes its name when all of it is written; nothing is left of what failed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PART, suffix=".part")
-    os.close(handle)
-    try:
-        yield Path(name)
-        # mkstemp makes files that only their owner reads; the web server may be another user.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _whole_text(path: Path) -> Iterator[IO[str]]:
-    with _whole(path) as part, part.open("w", encoding="utf-8") as file:
-        yield file

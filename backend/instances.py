@@ -3,8 +3,9 @@
 A watershed on the borders cuts a class into pieces, more than there are objects. Neighbours are joined again, those
 behind the weakest border first, until all are one: a tree, in which each node is a candidate (Arbeláez et al., "Contour
 detection and hierarchical image segmentation", 2011). A logistic model tells from a node's probabilities, borders and
-shape how likely it is an object, and the nodes are taken that are together worth most and do not overlap. The
-model's factors are fitted on places that the network was not trained on, and come with its weights.
+shape, and from what the network's features say inside and round it, how likely it is an object; of those that overlap
+only one can be. The nodes are taken that are together worth most and do not overlap. The model's factors come with the
+network's weights.
 """
 
 from __future__ import annotations
@@ -39,14 +40,26 @@ FEATURES = (
     "mean probability", "its spread", "log area in px", "log elongation", "rectangularity", "roughness",
     "border inside", "border round it", "border to neighbours", "share of neighbours", "border to the ground",
     "share of the image's edge", "strongest border joined", "border to what it would join next",
+    "evidence inside", "evidence round it",
 )  # fmt: skip
 """What a candidate is judged by, in the order of a scoring's factors; the last factor is the constant."""
 
-DEFAULT_SCORING = (3.0, -1.0, 0.0, 0.0, 0.0, -0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 8.0, -6.5)
+DEFAULT_SCORING = (3.0, -1.0, 0.0, 0.0, 0.0, -0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 8.0, 0.0, 0.0, -6.5)
 """For maps that come without a scoring: an object is sure, and parted from its neighbours but not within itself."""
 
-MISSED_PER_DOUBT = 2.0
-"""Objects missed for each one that was doubted: about as many are not even candidates (``benchmarks/quality.py``)."""
+ROUND_PX = 2
+"""What lies round a candidate is looked at so many pixels beyond its outline."""
+
+ALIKE = 0.5
+"""Of two nested candidates, the smaller one stands for the same object if it covers this share of the larger one."""
+
+EXCLUSIVE = (0.557, 0.453, -0.216)
+"""Factors of the log odds that a candidate or one alike is taken, of its own log odds, and the constant, from which its
+chance is told at last; ``model_weights/calibrate.py`` fits them, over all classes."""
+
+MISSED_PER_DOUBT = 3.5
+"""Objects missed for each one that was doubted, the mean of held-out sets, which have from 1.6 to 5.6, as
+``model_weights/calibrate.py`` counts: most lie under one outline with a neighbour, or are not even candidates."""
 
 ANY_LABEL = "*"
 """Key of the scoring for classes that have none of their own."""
@@ -88,7 +101,15 @@ class Candidates:
     """(N + 1,)."""
 
     features: FloatArray
-    """(N + 1, 14), see FEATURES."""
+    """(N + 1, 16), see FEATURES."""
+
+    @property
+    def parents(self) -> NDArray[np.int64]:
+        """The node that each is joined into, (N + 1,), 0 for none."""
+        parents = np.zeros(len(self.children), np.int64)
+        nodes = np.flatnonzero(self.children[:, 0])
+        parents[self.children[nodes]] = nodes[:, None]
+        return parents
 
     def chosen(self, scores: FloatArray, *, least_score: float, min_area_px: float) -> list[int]:
         """The nodes that are together worth most, each its score less ``least_score``, and that do not overlap."""
@@ -165,10 +186,9 @@ def find(
     options = options or VectorizeOptions()
     index = dense.labels.index(label)
     probabilities = _clean(dense.probabilities[index])
-    found = candidates(
-        probabilities, _clean(dense.boundary[index]), threshold=threshold, min_area_px=options.min_area_px
-    )
-    scores = scored(found.features, scoring_of(dense.scoring, label))
+    found = candidates_of(dense, label, threshold=threshold, min_area_px=options.min_area_px)
+    own = scored(found.features, scoring_of(dense.scoring, label))
+    scores = exclusive(found, own, min_area_px=options.min_area_px)
     nodes = found.chosen(scores, least_score=least_score, min_area_px=options.min_area_px)
     outlines = vectorize.numbered_polygons(found.numbers(nodes), probabilities, threshold=threshold, options=options)
     listed = [Instance(tuple(parts), float(scores[node])) for node, parts in zip(nodes, outlines, strict=True) if parts]
@@ -195,22 +215,129 @@ def scoring_of(scoring: Mapping[str, tuple[float, ...]], label: str) -> tuple[fl
 
 
 def scored(features: FloatArray, scoring: tuple[float, ...]) -> FloatArray:
-    """The chance of each candidate, (N,), that it is one object, from its features, (N, 14)."""
+    """The chance of each candidate, (N,), that it is one object, from its features, (N, 16), alone."""
     factors = np.asarray(scoring, np.float64)
-    return np.asarray(1 / (1 + np.exp(-np.clip(features @ factors[:-1] + factors[-1], -30, 30))), np.float64)
+    return _chances(features @ factors[:-1] + factors[-1])
+
+
+def exclusive(
+    found: Candidates, chances: FloatArray, *, min_area_px: float, factors: tuple[float, float, float] | None = None
+) -> FloatArray:
+    """The chance of each candidate, (N + 1,), given its own one, where of those that overlap at most one is right.
+
+    Each way to take candidates that do not overlap is as likely as the product of their odds says. From the chance that
+    a candidate or one `ALIKE` is taken, and its own one, comes what is given, by `EXCLUSIVE` or the ``factors``.
+    """
+    odds = _log_odds(chances)
+    odds[found.areas_px < min_area_px] = odds[0] = -_MOST_LOG_ODDS
+    parents, areas = found.parents.tolist(), found.areas_px.tolist()
+    ways = np.logaddexp(0, odds)
+    joined = [(node, one, other) for node, (one, other) in enumerate(found.children.tolist()) if one]
+    for node, one, other in joined:
+        ways[node] = np.logaddexp(odds[node], ways[one] + ways[other])
+    whole = np.exp(odds - ways)
+    left = np.ones(len(odds))
+    for node, one, other in reversed(joined):
+        left[one] = left[other] = left[node] * (1 - whole[node])
+    taken = left * whole
+    alike = taken.copy()
+    for node, area in enumerate(areas):
+        larger = parents[node]
+        while larger and area >= ALIKE * areas[larger]:
+            alike[node] += taken[larger]
+            alike[larger] += taken[node]
+            larger = parents[larger]
+    of_alike, of_own, constant = factors or EXCLUSIVE
+    return _chances(of_alike * _log_odds(np.minimum(alike, 1)) + of_own * _log_odds(chances) + constant)
+
+
+_MOST_LOG_ODDS = 30.0
+
+
+def _log_odds(chances: FloatArray) -> FloatArray:
+    # Less than certain either way, so that no candidate outweighs any number of others.
+    bounded = np.clip(chances, 1e-4, 1 - 1e-4)
+    return np.asarray(np.log(bounded / (1 - bounded)), np.float64)
+
+
+def _chances(log_odds: FloatArray) -> FloatArray:
+    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -_MOST_LOG_ODDS, _MOST_LOG_ODDS))), np.float64)
+
+
+def candidates_of(dense: DenseMaps, label: str, *, threshold: float = 0.5, min_area_px: float = 16.0) -> Candidates:
+    """All that may be an object of a class that the maps hold."""
+    index = dense.labels.index(label)
+    return candidates(
+        _clean(dense.probabilities[index]),
+        _clean(dense.boundary[index]),
+        evidence=None if dense.evidence is None else np.nan_to_num(dense.evidence[index].astype(np.float64)),
+        threshold=threshold,
+        min_area_px=min_area_px,
+    )
 
 
 def candidates(
-    probabilities: FloatArray, boundary: FloatArray, *, threshold: float = 0.5, min_area_px: float = 16.0
+    probabilities: FloatArray,
+    boundary: FloatArray,
+    *,
+    evidence: FloatArray | None = None,
+    threshold: float = 0.5,
+    min_area_px: float = 16.0,
 ) -> Candidates:
-    """All that may be an object of a class, from its probability and border maps, (H, W)."""
+    """All that may be an object of a class, from its probability and border maps, (H, W), and evidence, (2, H, W)."""
     # Where the class itself is in doubt, there is a gap between objects more often than the border alone shows.
     barrier = np.clip(boundary + DOUBT_AS_BORDER * (1 - probabilities), 0, 1)
     pieces = _pieces(probabilities >= threshold, barrier)
     areas = np.bincount(pieces.ravel()).astype(np.float64)
     borders = _borders(pieces, barrier)
     joins = _joins(borders, areas.tolist(), min_area_px)
-    return _judged(pieces, probabilities, boundary, borders, joins)
+    found = _judged(pieces, probabilities, boundary, borders, joins)
+    if evidence is not None:
+        found.features[:, -2] = pooled(found, evidence[:1])[:, 0, 0]
+        found.features[:, -1] = pooled(found, evidence[1:])[:, 1, 0]
+    return found
+
+
+def pooled(found: Candidates, maps: FloatArray) -> FloatArray:
+    """Mean of maps, (K, H, W), in each candidate, and round it where its outline lies in the image, (N + 1, 2, K)."""
+    pieces, children = found.pieces, found.children
+    height, width = pieces.shape
+    numbers = np.arange(pieces.size).reshape(pieces.shape)
+    rows, columns = np.arange(height), np.arange(width)
+    sides = (
+        (numbers[:, :-1], numbers[:, 1:], numbers[:, np.minimum(columns[1:] + ROUND_PX, width - 1)]),
+        (numbers[:, 1:], numbers[:, :-1], numbers[:, np.maximum(columns[:-1] - ROUND_PX, 0)]),
+        (numbers[:-1], numbers[1:], numbers[np.minimum(rows[1:] + ROUND_PX, height - 1)]),
+        (numbers[1:], numbers[:-1], numbers[np.maximum(rows[:-1] - ROUND_PX, 0)]),
+    )
+    flat = pieces.ravel()
+    within, beside, at = (np.concatenate([side[i].ravel() for side in sides]) for i in range(3))
+    on_outline = (flat[within] > 0) & (flat[within] != flat[beside])
+    of, other, at = flat[within[on_outline]], flat[beside[on_outline]], at[on_outline]
+    pairs, which = np.unique(np.stack((of, other), axis=1), axis=0, return_inverse=True)
+    # Where two pieces touch, the outline ends when they are joined.
+    ends = _joined(pairs[:, 0].copy(), pairs[:, 1].copy(), found.parents)[which.ravel()]
+    count = len(children)
+    joined = [(node, *both) for node, both in enumerate(children.tolist()) if both[0]]
+    # The sums come first of the ones that they are divided by, then of the maps.
+    sums = np.empty((count, 2, 1 + len(maps)))
+    for i, values in enumerate((np.ones(pieces.size), *(values.ravel() for values in maps))):
+        sums[:, 0, i] = np.bincount(flat, weights=values, minlength=count)
+        sums[:, 1, i] = np.bincount(of, weights=values[at], minlength=count)
+        sums[1:, 1, i] -= np.bincount(ends, weights=values[at], minlength=count)[1:]
+    for node, one, two in joined:
+        sums[node] += sums[one] + sums[two]
+    return np.asarray(sums[:, :, 1:] / np.maximum(sums[:, :, :1], 1), np.float64)
+
+
+def _joined(one: NDArray[np.int32], other: NDArray[np.int32], parents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first node that holds both, 0 where one of them is the ground, 0."""
+    low, high = one.astype(np.int64), other.astype(np.int64)
+    low[high == 0] = 0
+    while (apart := low != high).any():
+        lower = low < high
+        low, high = np.where(apart & lower, parents[low], low), np.where(apart & ~lower, parents[high], high)
+    return low
 
 
 def _clean(values: NDArray[np.floating[Any]]) -> FloatArray:
@@ -361,6 +488,7 @@ def _judged(
             area / (12 * np.sqrt(longer * shorter)), outline / (4 * np.sqrt(area)), mean[:, 2],
             (ground_total + beside_total) / np.maximum(ground + beside, 1), beside_total / np.maximum(beside, 1),
             beside / outline, ground_total / np.maximum(ground, 1), edge / outline, strongest, next_border,
+            np.zeros(count), np.zeros(count),
         ), axis=1,
     )  # fmt: skip
     return Candidates(pieces, children, sums[:, 0], features)

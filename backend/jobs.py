@@ -1,27 +1,26 @@
 """Training that runs beside the server: at most one a project, and asked twice counts once.
 
-Everything that must survive a restart is two small files a project in ``DATA_DIR/jobs``: what is asked (``.ask.json``)
-and how the run stands (``.state.json``). The server only writes what was asked and starts a process; the process holds
-the project's lock while it works, looks again when it is done, and goes on if something came in meanwhile. What a run
-has taken on stays owed until the run is over, so a process that was killed leaves an ask that nobody is at work on:
-`Jobs.tend`, in any server process, begins it again. So it does not matter which server process is asked, how often, or
-which of them dies when.
+Everything that must survive a restart is two small records a project, on the `desk`: what is asked (``ask``) and how
+the run stands (``state``). They are files in ``DATA_DIR/jobs``, or rows of the database that
+GEOPRELABEL_DATABASE_URL names, which servers on several machines share. The server only writes what was asked and
+starts a process; the process holds the project while it works, looks again when it is done, and goes on if something
+came in meanwhile. What a run has taken on stays owed until the run is over, so a process that was killed leaves an ask
+that nobody is at work on: `Jobs.tend`, in any server process, begins it again. So it does not matter which server
+process is asked, how often, or which of them dies when.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import logging
 import os
 import resource
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
+from .database import Database, DatabaseError
+from .desk import Desk, Files, Held, Rows
 from .errors import BackendError
 from .settings import Settings
 
@@ -117,32 +118,38 @@ class Run:
 class Jobs:
     """The training desk of all projects."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, database: Database | None = None) -> None:
         """Nothing is written before the first request."""
         self._settings = settings
         self._folder = settings.data_dir / "jobs"
+        self._database = database or Database(settings)
+        self._desk: Desk = Rows(self._database) if self._database.is_shared else Files(self._folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._children_lock = threading.Lock()
         self._pauses: dict[str, tuple[float, float]] = {}
 
     def changed(self, project: str, count: int = 1) -> bool:
         """Note that annotations changed; start training when enough have. Returns whether it was started."""
-        ask = self._update_ask(project, lambda ask: replace(ask, changes=ask.changes + count, last_change=time.time()))
-        if ask.changes < self._settings.start_training_each_n_updates or ask.not_before > time.time():
+        ask = self._update_ask(
+            project, lambda ask: replace(ask, changes=ask.changes + count, last_change=time.time()), is_hasty=True
+        )
+        if ask.changes < self._settings.start_training_each_n_updates or _left_s(ask.not_before) > 0:
             return False
         return self._start(project)
 
     def start(self, project: str) -> bool:
         """Train as soon as may be. Returns whether a process was started; False: one is at work and will go on."""
-        self._update_ask(project, lambda ask: replace(ask, at_once=True, not_before=0.0))
+        ask = self.ask(project)
+        if not ask.at_once or ask.not_before:  # what is asked already need not be written: an annotator's save waits
+            self._update_ask(project, lambda ask: replace(ask, at_once=True, not_before=0.0), is_hasty=True)
         return self._start(project)
 
     def run(self, project: str) -> Run:
         """How the project's newest run stands. One whose process is gone waits to be begun again, or has failed."""
-        run = _load(self._path(project, "state"), Run)
-        if run.state in ("waiting", "training") and not self._is_locked(project):
+        run = _record(self._desk.read(project, "state"), Run)
+        if run.state in ("waiting", "training") and not self._desk.is_held(project):
             # It may have ended between the two looks.
-            run, ask = _load(self._path(project, "state"), Run), self.ask(project)
+            run, ask = _record(self._desk.read(project, "state"), Run), self.ask(project)
             is_given_up = self._due_in(ask) is None
             if run.state == "training" or (run.state == "waiting" and is_given_up):
                 return replace(run, state="failed" if is_given_up else "waiting", message=self._died(project, ask))
@@ -150,36 +157,41 @@ class Jobs:
 
     def runs(self) -> dict[str, Run]:
         """The newest run of each project that ever had one."""
-        return {project: self.run(project) for project in self._projects("state")}
+        try:
+            return {project: self.run(project) for project in self._desk.projects("state")}
+        except DatabaseError as error:
+            log.warning("how training stands cannot be read: %s", error)
+            return {}
 
     def ask(self, project: str) -> Ask:
         """What is asked and not done yet."""
-        return _load(self._path(project, "ask"), Ask)
+        return _record(self._desk.read(project, "ask"), Ask)
 
     def log_path(self, project: str) -> Path:
         """What the training process printed."""
-        return self._path(project, "log", "txt")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder / f"{project}.log.txt"
 
     def forget(self, project: str) -> None:
         """Leave nothing of a project."""
-        for path in self._folder.glob(f"{project}.*"):
-            if path.name.removeprefix(f"{project}.").split(".")[0] in ("ask", "state", "log", "lock"):
-                path.unlink(missing_ok=True)
+        self._desk.forget(project)
+        self.log_path(project).unlink(missing_ok=True)
 
     def tend(self, stop: threading.Event) -> None:
         """Until ``stop``: begin what is asked and nobody is at work on. One of all server processes does, at a time."""
         lock, is_first_look = FileLock(self._folder / "tend.lock"), True
         while not stop.wait(_TEND_EVERY_S):
             try:
-                if not self._folder.is_dir():
+                if not self._database.is_shared and not self._folder.is_dir():
                     continue
+                self._folder.mkdir(parents=True, exist_ok=True)
                 if not lock.is_locked:
                     lock.acquire(timeout=0)
                 self._begin_due(is_first_look=is_first_look)
                 is_first_look = False
             except Timeout:
                 continue
-            except OSError as error:
+            except (OSError, DatabaseError) as error:
                 log.warning("training that is asked for cannot be begun: %s", error)
         lock.release(force=True)
 
@@ -191,19 +203,19 @@ class Jobs:
         when another process is at work on the project.
         """
         try:
-            # A second, since a glance at the lock (`run`) holds it for a moment.
-            with FileLock(self._path(project, "lock", ""), timeout=1):
+            # A second, since a glance at a lock (`run`) holds it for a moment.
+            with self._desk.held(project, wait_s=1.0):
                 while self._due(project):
                     with self._turn(project):
                         is_over = self._train_once(project, train)
                     if not is_over:
                         return
-        except Timeout:
+        except Held:
             log.info("training of project %s is at work already", project)
             return
         # Somebody may have asked after our last look and found the lock still held.
         ask = self.ask(project)
-        if self._due_in(ask) is not None and ask.not_before <= time.time():
+        if self._due_in(ask) is not None and _left_s(ask.not_before) <= 0:
             self.work(project, train)
 
     def _due(self, project: str) -> bool:
@@ -211,7 +223,7 @@ class Jobs:
         while True:
             ask = self.ask(project)
             left_s = self._due_in(ask)
-            if left_s is None or ask.not_before > time.time():
+            if left_s is None or _left_s(ask.not_before) > 0:
                 return False
             if left_s <= 0:
                 return True
@@ -225,12 +237,13 @@ class Jobs:
         if ask.at_once:
             due = 0.0
         elif ask.changes >= self._settings.start_training_each_n_updates:
-            due = ask.last_change + self._settings.training_quiet_s
+            quiet_s = self._settings.training_quiet_s
+            due = _left_s(ask.last_change + quiet_s, most_s=quiet_s)
         elif ask.is_owed and ask.tries <= len(PAUSES_S):
             due = 0.0
         else:
             return None
-        return max(due, ask.not_before) - time.time()
+        return max(due, _left_s(ask.not_before))
 
     def _train_once(self, project: str, train: Train) -> bool:
         """Whether the run is over. It is not where it has to be begun again later."""
@@ -331,9 +344,9 @@ class Jobs:
             faulthandler.cancel_dump_traceback_later()
 
     def _begin_due(self, *, is_first_look: bool) -> None:
-        for project in self._projects("ask"):
+        for project in self._desk.projects("ask"):
             ask = self.ask(project)
-            if self._is_locked(project):
+            if self._desk.is_held(project):
                 self._pauses.pop(project, None)
                 continue
             if is_first_look and ask.is_owed:
@@ -351,51 +364,38 @@ class Jobs:
     def _start(self, project: str) -> bool:
         with self._children_lock:
             self._children = {name: child for name, child in self._children.items() if child.poll() is None}
-            if project in self._children or self._is_locked(project):
+            if project in self._children or self._desk.is_held(project):
                 return False
-            command = [sys.executable, "-m", "backend", "train", "--queued", "--project", project]
-            path = self.log_path(project)
-            is_long = path.exists() and path.stat().st_size > _MAX_LOG_BYTES
-            with open(path, "wb" if is_long else "ab") as output:
-                # Its own session: a server that is stopped or reloaded does not take the training with it.
-                self._children[project] = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                    env={**os.environ, "GEOPRELABEL_DATA_DIR": str(self._settings.data_dir.absolute()),
-                         "MODEL_DIR": str(self._settings.model_dir.absolute())},
-                )  # fmt: skip
+            self._children[project] = self._launched(project)
         log.info("training process %d started for project %s", self._children[project].pid, project)
         return True
 
-    def _is_locked(self, project: str) -> bool:
-        path = self._path(project, "lock", "")
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return False
-        except Timeout:
-            return True
+    def _launched(self, project: str) -> subprocess.Popen[bytes]:
+        """The process that trains the project."""
+        command = [sys.executable, "-m", "backend", "train", "--queued", "--project", project]
+        path = self.log_path(project)
+        is_long = path.exists() and path.stat().st_size > _MAX_LOG_BYTES
+        with open(path, "wb" if is_long else "ab") as output:
+            # Its own session: a server that is stopped or reloaded does not take the training with it.
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "GEOPRELABEL_DATA_DIR": str(self._settings.data_dir.absolute()),
+                     "MODEL_DIR": str(self._settings.model_dir.absolute())},
+            )  # fmt: skip
+        _give_way(child.pid)
+        return child
 
-    def _path(self, project: str, kind: str, ending: str = "json") -> Path:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder / ".".join(part for part in (project, kind, ending) if part)
-
-    def _projects(self, kind: str) -> list[str]:
-        ending = f".{kind}.json"
-        return sorted(path.name.removesuffix(ending) for path in self._folder.glob(f"*{ending}"))
-
-    def _update_ask(self, project: str, change: Callable[[Ask], Ask]) -> Ask:
-        path = self._path(project, "ask")
-        with FileLock(f"{path}.lock"):
-            ask = change(_load(path, Ask))
-            _save(path, ask)
-        return ask
+    def _update_ask(self, project: str, change: Callable[[Ask], Ask], *, is_hasty: bool = False) -> Ask:
+        changed = self._desk.change(
+            project, "ask", lambda record: asdict(change(_record(record, Ask))), is_hasty=is_hasty
+        )
+        return _record(changed, Ask)
 
     def _show(self, project: str, run: Run) -> None:
         """For people only: a full disk must not end a run."""
         try:
-            _save(self._path(project, "state"), run)
-        except OSError as error:
+            self._desk.write(project, "state", asdict(run))
+        except (OSError, DatabaseError) as error:
             log.error("how training of project %s stands cannot be written: %s", project, error)
 
     @contextmanager
@@ -417,6 +417,23 @@ class Jobs:
             time.sleep(0.25)
 
 
+def _give_way(pid: int) -> None:
+    """Have a process run where nothing else wants to: annotators wait for the server, and nobody for training."""
+    try:
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, pid, 19)
+    except OSError as error:  # it ended already, or the system lets nobody do that
+        log.info("training process %d keeps its priority: %s", pid, error)
+
+
+def _left_s(when: float, *, most_s: float = _MAX_DELAY_S) -> float:
+    """Seconds until then; 0 where that is longer than can be meant, as the clock was set back since."""
+    left_s = when - time.time()
+    return left_s if left_s <= most_s else 0.0
+
+
 def _over(ask: Ask) -> Ask:
     """What is left to do after a run: what came in since it began."""
     return Ask(changes=ask.changes, last_change=ask.last_change, at_once=ask.at_once)
@@ -430,21 +447,12 @@ def _resident_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _load(path: Path, kind: type[Record]) -> Record:
-    try:
-        record: Any = json.loads(path.read_text())
-        # Another release may know more, or less.
-        return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
-        return kind()
-
-
-def _save(path: Path, record: Ask | Run) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as scratch:
-        try:
-            json.dump(asdict(record), scratch)
-            scratch.close()
-            os.replace(scratch.name, path)
-        except BaseException:
-            os.unlink(scratch.name)
-            raise
+def _record(record: Mapping[str, Any], kind: type[Record]) -> Record:
+    """A damaged one is as if it were not there; of another release, which may know more or less, what is known counts."""
+    plain = kind()
+    known = {field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record}
+    is_sound = all(
+        isinstance(value, str) if isinstance(getattr(plain, name), str) else isinstance(value, (int, float))
+        for name, value in known.items()
+    )
+    return kind(**known) if is_sound else plain

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import BackendError
+from .database import WAIT_S, Database, DatabaseError, execute
 from .findings import digest_of, version_of
+from .flight import IMPORTING
 from .problems import Problems
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ Answer = TypeVar("Answer")
 _BATCH = 50
 """Tasks that are written, or read, in one transaction: others wait for no more than that."""
 
-_WAIT_S = 30.0
 _GLANCE_S = 0.2
 """Wait for another process's write within an annotator's save."""
 
@@ -49,7 +49,6 @@ _ANNOTATION_FIELDS = (
 )  # fmt: skip
 _PREDICTION_FIELDS = ("id", "result", "score", "model_version", "created_at")
 
-# SQLite and PostgreSQL both read all that follows.
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS project (project TEXT PRIMARY KEY)",
     "CREATE TABLE IF NOT EXISTS task (project TEXT, id BIGINT, seen DOUBLE PRECISION NOT NULL, data TEXT NOT NULL,"
@@ -95,8 +94,8 @@ _DRAWN = (
 )
 
 
-class JournalError(BackendError):
-    """The journal's database is missing, full, damaged or not to be reached."""
+JournalError = DatabaseError
+"""The journal's database is missing, full, damaged or not to be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +121,10 @@ class Reconciled:
 class Journal:
     """The annotations of all projects. Raises JournalError where its database cannot be used, but for `note`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, database: Database | None = None) -> None:
         """Nothing is opened or written before the first use."""
         self._settings = settings
-        self._path = settings.data_dir / "journal.sqlite3"
+        self.database = database or Database(settings)
         self._problems = Problems(settings.data_dir)
         self._paused_until = 0.0
         self.has_missed = False
@@ -134,7 +133,7 @@ class Journal:
     @property
     def is_empty(self) -> bool:
         """Whether it is certain, without opening it, that nothing was ever written."""
-        return not self._settings.database_url.get_secret_value() and not self._path.exists()
+        return self.database.is_missing
 
     def note(self, project: str, payload: Mapping[str, Any]) -> None:
         """Write down a webhook event. Never raises: Label Studio keeps what is missed here, and `reconcile` gets it."""
@@ -157,7 +156,7 @@ class Journal:
         """
         began, counts = time.time(), {"added": 0, "updated": 0, "kept": 0}
         remaining = (task for task in tasks if _number(task.get("id")) is not None)
-        self._do(lambda base: _execute(base, _PUT_PROJECT, {"project": project}))
+        self._do(lambda base: execute(base, _PUT_PROJECT, {"project": project}))
         while batch := list(itertools.islice(remaining, _BATCH)):
             written = self._do(functools.partial(_write_batch, project=project, batch=batch, began=began))
             for name, count in written.items():
@@ -183,92 +182,38 @@ class Journal:
         """Keys of the projects that were ever heard of."""
         if self.is_empty:
             return []
-        return self._do(lambda base: [key for (key,) in _execute(base, "SELECT project FROM project ORDER BY project")])
+        return self._do(lambda base: [key for (key,) in execute(base, "SELECT project FROM project ORDER BY project")])
 
     def forget(self, project: str) -> None:
         """Leave nothing of a project."""
 
         def write(base: Connection) -> None:
             for table in ("project", "task", "annotation"):
-                _execute(base, f"DELETE FROM {table} WHERE project = :project", {"project": project})
+                execute(base, f"DELETE FROM {table} WHERE project = :project", {"project": project})
 
         if not self.is_empty:
             self._do(write)
-            if self._engine.dialect.name == "sqlite":
+            if self.database.is_sqlite:
                 # It still stands in the log of what was written.
-                with self._engine.connect() as base:
-                    _execute(base, "PRAGMA wal_checkpoint(TRUNCATE)")
+                with self.database.engine.connect() as base:
+                    execute(base, "PRAGMA wal_checkpoint(TRUNCATE)")
 
     def warm_up(self) -> None:
         """Load the database's library now, which would hold up the first event."""
-        import sqlalchemy  # noqa: F401
+        with IMPORTING:
+            import sqlalchemy  # noqa: F401
 
     def close(self) -> None:
         """Let go of all connections; the next use makes new ones."""
-        engine = self.__dict__.pop("_engine", None)
-        if engine is not None:
-            engine.dispose()
+        self.database.close()
 
-    @functools.cached_property
-    def _engine(self) -> Engine:
-        import sqlalchemy
-
-        named = self._settings.database_url.get_secret_value()
-        url = sqlalchemy.make_url(named or f"sqlite:///{self._path.absolute()}")
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-        if url.get_backend_name() != "sqlite":
-            engine = sqlalchemy.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 2})
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            engine = sqlalchemy.create_engine(url)
-            sqlalchemy.event.listen(engine, "connect", _prepare_sqlite)
-        with engine.begin() as base:
-            for statement in _TABLES:
-                _execute(base, statement)
-        return engine
-
-    def _do(self, work: Callable[[Connection], Answer], *, wait_s: float = _WAIT_S) -> Answer:
-        """What ``work`` gives, in one transaction."""
-        try:
-            from sqlalchemy.exc import SQLAlchemyError
-
-            with self._engine.begin() as base:
-                is_sqlite = base.dialect.name == "sqlite"
-                _execute(
-                    base, f"{'PRAGMA busy_timeout' if is_sqlite else 'SET LOCAL lock_timeout'} = {wait_s * 1000:.0f}"
-                )
-                return work(base)
-        except ImportError as error:
-            raise JournalError(
-                f"GEOPRELABEL_DATABASE_URL needs a driver that is missing ({error}); pip install 'psycopg[binary]'"
-            ) from error
-        except (SQLAlchemyError, OSError) as error:
-            # The next call opens it anew: the file may have been deleted meanwhile.
-            self.close()
-            reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-            if self._settings.database_url.get_secret_value():
-                raise JournalError(f"the database of GEOPRELABEL_DATABASE_URL cannot be used: {reason}") from error
-            hint = "; delete it: Label Studio has what it held" if "malformed" in reason or "not a d" in reason else ""
-            raise JournalError(f"{self._path} cannot be used: {reason}{hint}") from error
-
-
-def _prepare_sqlite(connection: Any, record: Any) -> None:
-    connection.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000:.0f}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA secure_delete = ON")
-
-
-def _execute(base: Connection, statement: str, rows: Json | Sequence[Json] = ()) -> Any:
-    from sqlalchemy import text
-
-    return base.execute(text(statement), rows or None)
+    def _do(self, work: Callable[[Connection], Answer], *, wait_s: float = WAIT_S) -> Answer:
+        return self.database.do(work, tables=_TABLES, wait_s=wait_s)
 
 
 def _write_event(base: Connection, project: str, payload: Mapping[str, Any]) -> None:
     action, tasks, made = payload.get("action"), _objects(payload, "task"), _objects(payload, "annotation")
-    _execute(base, _PUT_PROJECT, {"project": project})
+    execute(base, _PUT_PROJECT, {"project": project})
     if action in ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED"):
         # Their rows stay as a sign, so that a reconciliation that is under way does not bring them back.
         gone = [_annotation_row(project, 0, each, is_deleted=True) for each in made + _objects(payload, "annotations")]
@@ -306,20 +251,20 @@ def _sweep(base: Connection, *, project: str, began: float) -> int:
     """Drop what Label Studio did not name; how many submitted annotations that were."""
     old = {"project": project, "began": began}
     is_old = "WHERE project = :project AND seen < :began"
-    dropped = _execute(base, f"SELECT count(*) FROM annotation {is_old} AND is_submitted", old).scalar_one()
-    _execute(base, f"DELETE FROM annotation {is_old}", old)
-    _execute(base, f"DELETE FROM task {is_old}", old)
+    dropped = execute(base, f"SELECT count(*) FROM annotation {is_old} AND is_submitted", old).scalar_one()
+    execute(base, f"DELETE FROM annotation {is_old}", old)
+    execute(base, f"DELETE FROM task {is_old}", old)
     return int(dropped)
 
 
 def _read_page(base: Connection, *, project: str, above: int) -> list[Json]:
     page = {
         number: {"id": number, "data": json.loads(data), "annotations": [], "predictions": json.loads(made or "[]")}
-        for number, data, made in _execute(base, _PAGE, {"project": project, "above": above, "count": _BATCH})
+        for number, data, made in execute(base, _PAGE, {"project": project, "above": above, "count": _BATCH})
     }
     if page:
         span = {"project": project, "first": min(page), "last": max(page)}
-        for number, body in _execute(base, _DRAWN, span):
+        for number, body in execute(base, _DRAWN, span):
             if number in page:
                 page[number]["annotations"].append(json.loads(body))
     return list(page.values())
@@ -327,7 +272,7 @@ def _read_page(base: Connection, *, project: str, above: int) -> list[Json]:
 
 def _put(base: Connection, statement: str, rows: Sequence[Json]) -> None:
     if rows:
-        _execute(base, statement, rows)
+        execute(base, statement, rows)
 
 
 def _annotation_row(project: str, task: int, annotation: Mapping[str, Any], *, is_deleted: bool = False) -> Json:

@@ -278,7 +278,7 @@ def judge(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Judgement:
-    """Ask both models for the tiles, which come with their features (`embedded`), and compare.
+    """Ask both models for the tiles, which come with their image or with features that fit both, and compare.
 
     ``labels`` are the classes in question, matched without regard to case; polygons below ``min_score`` are left out,
     as they are where they are served. The same tiles and seed give the same figures.
@@ -291,7 +291,7 @@ def judge(
         tallies.append(_tally(model, examples, labels, min_score))
     before, after = tallies
     tell(0.8, "judging clicks")
-    clicks, clicks_differ = _compared_clicks(champion, challenger, examples, seed)
+    clicks, clicks_differ = _compared_clicks(champion, challenger, examples, labels, seed)
     blocks = [example.place for example in examples]
     return Judgement(
         tiles=len(examples),
@@ -378,7 +378,8 @@ def _tally(model: Segmenter, examples: Sequence[Example], labels: Sequence[str],
     hits: list[bool] = []
     for tile, example in enumerate(examples):
         options = pre_label_options(example.gsd_m)
-        regions = _served(model, _embedding(example), known, options, min_score)
+        (seen,) = embedded(model, [example], labels)
+        regions = _served(model, _embedding(seen), known, options, min_score)
         found = [(region.label, region.polygon) for region in regions]
         true = [
             (label.casefold(), outline)
@@ -421,6 +422,12 @@ def calibration_error(scores: FloatArray, is_right: BoolArray, bins: int = _BINS
     at = np.minimum((scores * bins).astype(int), bins - 1)
     sums = np.bincount(at, scores, bins), np.bincount(at, is_right, bins)
     return float(np.abs(sums[0] - sums[1]).sum() / max(len(scores), 1))
+
+
+def _image_hw(example: Example) -> tuple[int, int]:
+    if example.image_rgb is None:
+        return _embedding(example).image_hw
+    return example.image_rgb.shape[0], example.image_rgb.shape[1]
 
 
 def _embedding(example: Example) -> Embedding:
@@ -479,31 +486,29 @@ def iou(one: BoolArray, other: BoolArray) -> float:
 
 
 def _compared_clicks(
-    champion: Segmenter, challenger: Segmenter, examples: Sequence[Example], seed: int
+    champion: Segmenter, challenger: Segmenter, examples: Sequence[Example], labels: Collection[str], seed: int
 ) -> tuple[Comparison | None, bool]:
     """Clicks that both models need for the same objects, and whether the models differ in that at all."""
     objects = [
         (example, outline)
         for example in examples
         for _, outline in example.regions
-        if outline.area >= LEAST_CLICKED_PX and _is_whole(outline, _embedding(example).image_hw)
+        if outline.area >= LEAST_CLICKED_PX and _is_whole(outline, _image_hw(example))
     ]
     picked = np.random.default_rng(seed).permutation(len(objects))[:CLICKED_OBJECTS]
     objects = [objects[number] for number in picked]
     if not objects:
         return None, False
-    truths = [vectorize.rasterize([outline], *_embedding(example).image_hw) for example, outline in objects]
-    first = [
-        (Click(*deepest(truth)[:2], is_on=True), example)
-        for (example, _), truth in zip(objects[:3], truths, strict=False)
-    ]
+    truths = [vectorize.rasterize([outline], *_image_hw(example)) for example, outline in objects]
+    seen = [embedded(model, [example for example, _ in objects], labels) for model in (champion, challenger)]
+    first = [Click(*deepest(truth)[:2], is_on=True) for truth in truths[:3]]
     differ = not all(
-        np.array_equal(_answer(champion, example, [click]), _answer(challenger, example, [click]))
-        for click, example in first
+        np.array_equal(_answer(champion, one, [click]), _answer(challenger, other, [click]))
+        for click, one, other in zip(first, *seen, strict=False)
     )
     needed = [
-        [_clicks_needed(model, example, truth) for (example, _), truth in zip(objects, truths, strict=True)]
-        for model in ((champion, challenger) if differ else (champion,))
+        [_clicks_needed(model, example, truth) for example, truth in zip(tiles, truths, strict=True)]
+        for model, tiles in zip((champion, challenger) if differ else (champion,), seen, strict=False)
     ]
     before, after = (
         np.column_stack([counts, np.ones(len(counts))]).astype(float) for counts in (needed[0], needed[-1])

@@ -58,22 +58,19 @@ class Manifest:
             self._writer.close()
 
     def append(self, tile: Tile, name: str, nodata_share: float) -> None:
-        """Add a tile; ``name`` is its image's within the scene's folder."""
-        outline = lonlat_outline(tile)
-        box = outline.bounds
-        self._box = np.concatenate((np.minimum(self._box, box)[:2], np.maximum(self._box, box)[2:]))
-        self._kinds.add(outline.geom_type)
-        self._rows.append(
-            {
-                "scene": tile.scene,
-                "name": name,
-                "window": list(tile.window or ()),
+        """Add a tile; ``name`` is its image's within the scene's folder. One without a place has no outline."""
+        row = {"scene": tile.scene, "name": name, "window": list(tile.window or ()), "nodata_share": nodata_share}
+        if tile.has_place:
+            outline = lonlat_outline(tile)
+            box = outline.bounds
+            self._box = np.concatenate((np.minimum(self._box, box)[:2], np.maximum(self._box, box)[2:]))
+            self._kinds.add(outline.geom_type)
+            row |= {
                 **dict(zip(_SIDES, _west_south_east_north(outline), strict=True)),
-                "nodata_share": nodata_share,
                 "geometry": shapely.to_wkb(outline),
                 "bbox": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)),
             }
-        )
+        self._rows.append(row)
         if len(self._rows) >= _ROWS_AT_ONCE:
             self._flush()
 
@@ -100,6 +97,9 @@ def lonlat_outline(tile: Tile) -> Polygon | MultiPolygon:
     """The tile's border on Earth, cut in two where it crosses the antimeridian."""
     border = shapely.get_coordinates(tile.outline_px().segmentize(max(tile.size) / 4))
     ring: Any = tile.px_to_lonlat(border)
+    if np.abs(ring[:, 0]).max() > 180:
+        # A scene in degrees may count on beyond 180.
+        ring = np.column_stack(((ring[:, 0] + 180) % 360 - 180, ring[:, 1]))
     if np.ptp(ring[:, 0]) <= 180:
         return Polygon(ring)
     import antimeridian

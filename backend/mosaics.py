@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -20,8 +20,8 @@ from .sources import is_remote, shown
 
 
 @contextmanager
-def mosaic(addresses: Sequence[str]) -> Iterator[str]:
-    """The address of a raster that shows them all; it is there as long as the context is.
+def mosaic(addresses: Sequence[str], *, folder: Path | None = None) -> Iterator[str]:
+    """The address of a raster that shows them all; it is there as long as the context is, in ``folder`` for good.
 
     Its grid is the first one's, continued: same CRS, same pixel size, same origin. What lies on another grid is
     resampled (bilinear) to it when it is read. All must have the same bands of the same type. What none covers holds no
@@ -54,12 +54,17 @@ def mosaic(addresses: Sequence[str]) -> Iterator[str]:
                 )
         except RasterioError as error:
             raise BadScene(f"{shown(address)} cannot be opened: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="geoprelabel-") as folder:
-        index = Path(folder) / "index.gpkg"
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="geoprelabel-")))
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        index = folder / "index.gpkg"
+        index.unlink(missing_ok=True)
         located = [address if is_remote(address) else str(Path(address).absolute()) for address in addresses]
         frame = geopandas.GeoDataFrame({"location": located}, geometry=boxes, crs=first.crs.to_wkt())
         frame.to_file(index, driver="GPKG", layer="index")
-        described = Path(folder) / "mosaic.gti"
+        described = folder / "mosaic.gti"
         described.write_text(first.index_xml(index, shapely.total_bounds(boxes)), encoding="utf-8")
         yield str(described)
 

@@ -24,6 +24,7 @@ from .embeddings import EmbeddingKey, Embeddings
 from .errors import BackendError, UnknownVersion
 from .flight import Claim, Gate, SingleFlight
 from .problems import Problems
+from .recent import Recent
 from .registry import ModelVersion, Registry
 from .regularize import regularized
 from .segmenter import DenseMaps, Embedding, Masks, Prompts, Segmenter
@@ -95,6 +96,15 @@ class Outlining(Protocol):
         ...
 
 
+@runtime_checkable
+class Mirroring(Protocol):
+    """A segmenter quick enough to look at a tile and at its mirror image to pre-label it: two see more than one."""
+
+    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+        """What ``dense`` says of the image's mirror image, seen ``scale`` times as large."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that is ready, and the name that Label Studio knows it by."""
@@ -132,7 +142,7 @@ class Predictor:
         self._models: OrderedDict[str, Loaded] = OrderedDict()
         self._models_lock = threading.Lock()
         self._problems = Problems(settings.data_dir)
-        self._damaged: set[str] = set()
+        self._damaged: Recent[str, None] = Recent(1_000)
         self.embeddings = Embeddings(
             settings.data_dir / "embeddings",
             memory_bytes=settings.embedding_cache_mb * 2**20,
@@ -140,6 +150,8 @@ class Predictor:
         )
         self._embedding_flights: SingleFlight[Embedding] = SingleFlight()
         self.gate = Gate()
+        self.on_embedding: Callable[[str, float], None] = lambda source, seconds: None
+        """Told of each embedding where it came from (memory, disk, made), and how long it took, in seconds."""
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -230,7 +242,7 @@ class Predictor:
     def _note_damage(self, version: ModelVersion, error: Exception) -> None:
         if version.name in self._damaged:
             return
-        self._damaged.add(version.name)
+        self._damaged[version.name] = None
         self._problems.add(*damage(version, error))
 
     def working_scale(
@@ -258,18 +270,22 @@ class Predictor:
         name = embedding_key(model, key, scale)
         cached = self.embeddings.memory.get(name)
         if cached is not None:
+            self.on_embedding("memory", 0.0)
             return cached
 
         def compute() -> Embedding:
             kept = self.embeddings.get(name)
             if kept is not None:
+                self.on_embedding("disk", 0.0)
                 return kept
             with self.gate.entered(urgency=urgency):
+                begun_s = time.monotonic()
                 segmenter = model.segmenter
                 if isinstance(segmenter, Scalable):
                     embedding = segmenter.embed(image_rgb, scale=scale)
                 else:
                     embedding = segmenter.embed(image_rgb)
+                self.on_embedding("made", time.monotonic() - begun_s)
             self.embeddings.put(name, embedding)
             return embedding
 
@@ -306,6 +322,9 @@ class Predictor:
         embedding = self.embed(model, image_rgb, key, urgency=urgency, scale=scale)
         dense = self._dense(model, embedding, urgency)
         segmenter = model.segmenter
+        if isinstance(segmenter, Mirroring):
+            with self.gate.entered(urgency=urgency):
+                dense = dense.mean_with_mirrored(segmenter.dense_mirrored(image_rgb, scale=scale))
 
         def redrawn(objects: list[list[Polygon]]) -> list[list[Polygon]]:
             if not isinstance(segmenter, Outlining):
@@ -556,10 +575,13 @@ def load_segmenter(settings: Settings) -> Segmenter:
 
         return CompactSegmenter.load(device=settings.device)
     from .checkpoints import checkpoint_named, verified
+
+    checkpoint = checkpoint_named(settings.segmenter)
+    # Before torch is imported: what is missing is said at once.
+    path = None if settings.sam_checkpoint else verified(checkpoint, settings.sam_dir)
     from .sam import SamSegmenter
 
-    if settings.sam_checkpoint is not None:
+    if path is None:
+        assert settings.sam_checkpoint is not None
         return SamSegmenter.load(settings.sam_checkpoint, name=settings.segmenter, device=settings.device)
-    checkpoint = checkpoint_named(settings.segmenter)
-    path = verified(checkpoint, settings.sam_dir)
     return SamSegmenter.load(path, name=checkpoint.name, device=settings.device, sha256=checkpoint.sha256)

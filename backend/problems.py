@@ -50,7 +50,7 @@ class Problems:
             if self._path.exists() and self._path.stat().st_size > _MAX_BYTES:
                 os.replace(self._path, self._path.with_suffix(".old.jsonl"))
             # One short write to a file opened for appending: processes do not cut into each other's lines.
-            with open(self._path, "a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
         except OSError as cannot:
             log.error("problems cannot be written to %s: %s", self._path, cannot)
@@ -58,7 +58,7 @@ class Problems:
     def recent(self, count: int = 50) -> list[Problem]:
         """The newest first."""
         try:
-            with open(self._path, encoding="utf-8") as file:
+            with open(self._path, encoding="utf-8", errors="replace") as file:
                 lines = deque(file, maxlen=count)
         except OSError:
             return []
@@ -66,6 +66,6 @@ class Problems:
         for line in reversed(lines):
             try:
                 found.append(Problem(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
         return found

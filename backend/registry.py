@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from .errors import BadWeights, UnknownVersion
+from .flight import IMPORTING
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -182,7 +183,11 @@ class Registry:
     def _client(self) -> MlflowClient:
         # Half a second of import and, the first time, the making of the tables: never at start, one process at a time.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow.tracking import MlflowClient
+        # Else a server's address goes to standard output, into the midst of what --json prints.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        with IMPORTING:
+            import sqlalchemy  # noqa: F401 - which MLflow imports later, for a local database
+            from mlflow.tracking import MlflowClient
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)

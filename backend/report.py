@@ -119,6 +119,7 @@ figcaption{font-size:.88rem;margin-top:.45rem}
 svg.map{display:block;width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:.6rem}
 .tiles{fill:none;stroke:var(--soft);stroke-opacity:.55;stroke-width:.8;stroke-dasharray:3 3}
 .casing{fill:none;stroke:#000;stroke-opacity:.55;stroke-width:2.8;stroke-linejoin:round}
+.dots{stroke-linecap:round}.dots.casing{stroke-width:8.5}
 .scale rect{fill:var(--ground);fill-opacity:.8}
 .scale path{fill:none;stroke:var(--ink);stroke-width:1.6}
 .scale text{font-size:13px;fill:var(--ink)}

@@ -21,6 +21,7 @@ from .client import LabelStudio, NotFound
 from .errors import BackendError
 from .findings import Finding, Findings, digest_of, version_of
 from .problems import Problems
+from .recent import Recent
 from .settings import Settings
 from .validation import Limits, annotation_findings
 
@@ -89,7 +90,7 @@ class Reviews:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_busy = self._is_closed = self._is_over = False
-        self._with_tab: set[int] = set()
+        self._with_tab: Recent[int, None] = Recent(1_000)
         self.on_found: Callable[[Sequence[Finding]], None] = lambda found: None
         """Told of every finding that was not known yet."""
 
@@ -253,7 +254,7 @@ class Reviews:
             filters = {"conjunction": "and", "items": [{**note, "value": NOTE.strip()}]}
             kept = {name: like[name] for name in ("hiddenColumns", "columnsWidth") if name in like}
             self._label_studio().create_view(project, {"title": TAB, "type": "list", "filters": filters, **kept})
-        self._with_tab.add(project)
+        self._with_tab[project] = None
 
     def _label_studio(self) -> LabelStudio:
         if self._api is None:

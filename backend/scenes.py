@@ -10,8 +10,8 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,26 @@ class SceneOptions:
     xyz_names: bool = False
     """Images without a place take that of the web-mercator tile that they are named after: z_x_y.png, z/x/y.png."""
 
+    crs: str = ""
+    """The CRS of scenes whose file does not say it (a world file never does), or says it wrongly; empty: the file's."""
+
+    no_place: bool = False
+    """Images without a place are taken as they are; those with one keep it."""
+
     def __post_init__(self) -> None:
+        if self.crs:
+            try:
+                checked_crs(self.crs)
+            except BadTile as error:
+                raise BadScene(str(error)) from error
         if self.bands is not None and (len(self.bands) not in (1, 3) or min(self.bands) < 1):
             raise BadScene(f"bands must be one or three numbers counted from 1, such as 4,3,2, got {self.bands}")
         if self.grid not in GRIDS:
             raise BadScene(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         if self.zoom is not None and (self.grid == "native" or not 0 <= self.zoom <= 30):
             raise BadScene(f"zoom must be 0 to 30 and goes with a web-mercator grid, got {self.zoom} with {self.grid}")
+        if self.no_place and (self.crs or self.grid != "native"):
+            raise BadScene(f"no_place goes with the native grid and without a CRS, got {self.crs or self.grid}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,11 +101,11 @@ class Scene:
     address: str
     """What GDAL opens."""
 
-    crs: str
-    """Authority code or WKT2."""
+    crs: str | None
+    """Authority code or WKT2; None: the image has no place on Earth."""
 
     transform: Affine
-    """Pixel corner of the grid that tiles are cut in → CRS units."""
+    """Pixel corner of the grid that tiles are cut in → CRS units, or the image's own pixels."""
 
     size: tuple[int, int]
     """Columns and rows of that grid."""
@@ -123,22 +136,68 @@ class Scene:
     @contextmanager
     def open(self) -> Iterator[Pixels]:
         """The scene's pixels. A handle is for one thread at a time. Raises BadScene."""
+        with environment(self.address), closing(self.opened()) as pixels:
+            yield pixels
+
+    def opened(self) -> Pixels:
+        """The same for whoever closes it, where GDAL's `environment` is entered around each use. Raises BadScene."""
         with ExitStack() as stack:
             try:
-                raster = stack.enter_context(_opened(self.address))
+                raster = stack.enter_context(_raster(self.address))
                 for warp in self.warps:
                     raster = stack.enter_context(WarpedVRT(raster, **warp))
             except RasterioError as error:
                 raise _unreadable(self.address, error) from error
-            yield Pixels(raster, self)
+            return Pixels(raster, self, stack.pop_all())
+
+    def to_record(self) -> dict[str, Any]:
+        """As JSON, for `from_record`. It holds the address, which may hold secrets."""
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        stretch = {"kind": self.stretch.kind, "low": self.stretch.low, "high": self.stretch.high}
+        warps = [{name: _plain(value) for name, value in warp.items()} for warp in self.warps]
+        palette = None if self.palette is None else self.palette.tolist()
+        return {**record, "transform": self.transform[:6], "stretch": stretch, "warps": warps, "palette": palette}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Scene:
+        """What `to_record` gave, without another look at the scene."""
+        given = dict(record)
+        stretch = given.pop("stretch")
+        warps = [{**warp, "resampling": Resampling(warp["resampling"])} for warp in given.pop("warps")]
+        for warp in warps:
+            if "transform" in warp:
+                warp["transform"] = Affine(*warp["transform"])
+        palette = given.pop("palette")
+        return cls(
+            **{
+                **given,
+                "transform": Affine(*given["transform"]),
+                "size": tuple(given["size"]),
+                "bands": tuple(given["bands"]),
+                "palette": None if palette is None else np.array(palette, np.uint8),
+                "warps": tuple(warps),
+                "stretch": Stretch(stretch["kind"], tuple(stretch["low"]), tuple(stretch["high"])),
+            }
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Affine):
+        return value[:6]
+    return value.to_wkt() if isinstance(value, rasterio.crs.CRS) else value
 
 
 class Pixels:
     """An open scene."""
 
-    def __init__(self, raster: Any, scene: Scene) -> None:
+    def __init__(self, raster: Any, scene: Scene, held: ExitStack) -> None:
         self.raster = raster
         self.scene = scene
+        self._held = held
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._held.close()
 
     def read(
         self, window: tuple[int, int, int, int] | None = None, *, shape: tuple[int, int] | None = None
@@ -181,10 +240,7 @@ def look(address: str, options: SceneOptions, *, tile_size: int = 256, name: str
     title = name or Path(shown(address)).name
     with ExitStack() as stack:
         try:
-            with warnings.catch_warnings():
-                # Scenes without a place are refused in words.
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                raster = stack.enter_context(_opened(address))
+            raster = stack.enter_context(_opened(address))
         except RasterioError as error:
             raise BadScene(f"{shown(address)} cannot be opened: {_reason(error)}") from error
         try:
@@ -210,7 +266,8 @@ def look(address: str, options: SceneOptions, *, tile_size: int = 256, name: str
 
 
 @contextmanager
-def _opened(address: str) -> Iterator[Any]:
+def environment(address: str) -> Iterator[None]:
+    """GDAL set up for what lies at that address, in this thread."""
     from rasterio._env import get_gdal_config
 
     wanted = {**GDAL_OPTIONS}
@@ -219,15 +276,29 @@ def _opened(address: str) -> Iterator[Any]:
         wanted["GDAL_DISABLE_READDIR_ON_OPEN"] = "EMPTY_DIR"
     options = {name: value for name, value in wanted.items() if get_gdal_config(name) is None}
     cache = min(get_gdal_config("GDAL_CACHEMAX"), MAX_CACHE_BYTES)
-    with rasterio.Env(**options, GDAL_CACHEMAX=cache), rasterio.open(address) as raster:
+    with rasterio.Env(**options, GDAL_CACHEMAX=cache):
+        yield
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[Any]:
+    with environment(address), _raster(address) as raster:
         yield raster
+
+
+def _raster(address: str) -> Any:
+    with warnings.catch_warnings():
+        # Scenes without a place are refused in words, or wanted.
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(address)
 
 
 def _on_grid(raster: Any, address: str, title: str, options: SceneOptions, tile_size: int) -> Scene:
     """The scene on the chosen grid, without its stretch."""
     bands, palette = _chosen_bands(raster, title, options)
     named = _place_in_name(raster, address) if options.xyz_names and options.grid == "native" else None
-    tied, notes = (None, {}) if named else _tied_to_ground(raster, title, options)
+    is_placeless = options.no_place and not named and not _has_place(raster)
+    tied, notes = (None, {}) if named or is_placeless else _tied_to_ground(raster, title, options)
     warps: list[dict[str, Any]] = []
 
     def warp(**more: Any) -> Any:
@@ -241,6 +312,7 @@ def _on_grid(raster: Any, address: str, title: str, options: SceneOptions, tile_
                 "resampling": Resampling.nearest if palette is not None else Resampling.bilinear,
                 "add_alpha": needs_alpha,
                 **({"src_nodata": options.nodata} if first and options.nodata is not None else {}),
+                **({"src_crs": options.crs} if first and options.crs else {}),
                 **more,
             }
         )
@@ -251,22 +323,33 @@ def _on_grid(raster: Any, address: str, title: str, options: SceneOptions, tile_
             if tied is not None:
                 # On a grid of GDAL's choice: rasterio forgets control points where it is given another.
                 raster = warp(crs=_local_crs(raster, title, tied), **tied)
-            crs = "EPSG:3857" if named else _checked_place(raster, title)
+            crs = None
+            if not is_placeless:
+                crs = "EPSG:3857" if named else _checked_place(raster, title, options.crs if not warps else "")
             if options.grid != "native":
-                raster = warp(**_web_mercator(raster, options, tile_size))
+                raster = warp(**_web_mercator(raster, options, tile_size, options.crs if not warps else ""))
                 crs = "EPSG:3857"
         except (RasterioError, ValueError) as error:
             raise BadScene(f"{title} cannot be warped: {_reason(error)}; warp it first with gdalwarp") from error
         transform, size = named or raster.transform, (raster.width, raster.height)
-        has_gaps = bool(warps) or any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+        if is_placeless:
+            transform = Affine.identity()
+        has_masks = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+        # What is no number is no data, whatever the file says of it.
+        has_gaps = bool(warps) or has_masks or any(raster.dtypes[band - 1].startswith("float") for band in bands)
     # South up, or a mirror image: people could not tell left from right.
-    is_flipped = bool(transform.determinant > 0)
+    is_flipped = bool(transform.determinant > 0) and not is_placeless
     if is_flipped:
         transform = transform @ Affine.translation(0, size[1]) @ Affine.scale(1, -1)
     return Scene(
         address, crs, transform, size, bands, palette, options.nodata, tuple(warps), is_flipped, has_gaps,
         Stretch("none"), "", notes,
     )  # fmt: skip
+
+
+def _has_place(raster: Any) -> bool:
+    is_set = raster.crs is not None and not raster.transform.is_identity
+    return is_set or bool(raster.gcps[0]) or raster.rpcs is not None
 
 
 def _place_in_name(raster: Any, address: str) -> Affine | None:
@@ -283,14 +366,13 @@ def _place_in_name(raster: Any, address: str) -> Affine | None:
 
 def _tied_to_ground(raster: Any, title: str, options: SceneOptions) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """How to warp a scene that has no geotransform but control points or RPCs, and what to say of it; None else."""
-    if raster.crs is not None and not raster.transform.is_identity:
+    if (options.crs or raster.crs is not None) and not raster.transform.is_identity:
         return None, {}
     points, points_crs = raster.gcps
+    points_crs = rasterio.crs.CRS.from_user_input(options.crs) if options.crs else points_crs
     if points:
         if points_crs is None:
-            raise BadScene(
-                f"{title} has {len(points)} control points without a CRS; gdal_translate -a_srs EPSG:… sets it"
-            )
+            raise BadScene(f"{title} has {len(points)} control points without a CRS; --crs EPSG:… says which")
         with GCPTransformer(points) as transformer:
             rows, columns = transformer.rowcol([p.x for p in points], [p.y for p in points], op=float)
         off_px = np.hypot(np.asarray(rows) - [p.row for p in points], np.asarray(columns) - [p.col for p in points])
@@ -331,17 +413,26 @@ def _local_crs(raster: Any, title: str, tied: Mapping[str, Any] | None) -> str:
     return f"EPSG:{found[0].code}" if found else "EPSG:3857"
 
 
-def _checked_place(raster: Any, title: str) -> str:
+def _checked_place(raster: Any, title: str, given_crs: str) -> str:
     """The scene's CRS as an authority code or WKT2. Raises BadScene where it has no place that tiles could keep."""
-    if raster.crs is None:
-        raise BadScene(f"{title} has no CRS; set one with gdal_edit.py -a_srs EPSG:… {title}")
+    crs = rasterio.crs.CRS.from_user_input(given_crs) if given_crs else raster.crs
+    if crs is None:
+        if raster.transform.is_identity:
+            raise BadScene(
+                f"{title} has no CRS and no geotransform; a photo without a place is cut with --no-place, a place can"
+                f" be set with gdal_edit.py -a_srs EPSG:… -a_ullr … {title}"
+            )
+        raise BadScene(f"{title} has no CRS; say which with --crs EPSG:…")
     if raster.transform.is_identity or raster.transform.is_degenerate:
-        raise BadScene(f"{title} has a CRS but no geotransform; set its corners with gdal_edit.py -a_ullr … {title}")
+        raise BadScene(
+            f"{title} has a CRS but no geotransform; set its corners with gdal_edit.py -a_ullr … {title}, or put a"
+            " world file beside it"
+        )
     try:
-        text = _checked_crs(raster.crs, title)
+        text = _checked_crs(crs, title)
         Tile((raster.width, raster.height), text, raster.transform).ground_size_m()
     except BadTile as error:
-        raise BadScene(f"{title}: {error}; set the right CRS with gdal_edit.py -a_srs EPSG:… {title}") from error
+        raise BadScene(f"{title}: {error}; say the right CRS with --crs EPSG:…") from error
     return text
 
 
@@ -349,7 +440,7 @@ def _checked_crs(crs: Any, title: str) -> str:
     try:
         return checked_crs(_code(crs) or "")
     except BadTile as error:
-        raise BadScene(f"{title}: {error}; set the right CRS with gdal_edit.py -a_srs EPSG:… {title}") from error
+        raise BadScene(f"{title}: {error}; say the right CRS with --crs EPSG:…") from error
 
 
 def _code(crs: Any) -> str | None:
@@ -391,10 +482,10 @@ def _chosen_bands(raster: Any, title: str, options: SceneOptions) -> tuple[tuple
     return bands, None
 
 
-def _web_mercator(raster: Any, options: SceneOptions, tile_size: int) -> dict[str, Any]:
+def _web_mercator(raster: Any, options: SceneOptions, tile_size: int, crs: str) -> dict[str, Any]:
     """The scene in the pixels of a web-mercator zoom level, 256 a tile or the xyz grid's own: what a warp is told."""
     side = tile_size if options.grid == "xyz" else 256
-    with WarpedVRT(raster, crs="EPSG:3857") as guess:
+    with WarpedVRT(raster, crs="EPSG:3857", **({"src_crs": crs} if crs else {})) as guess:
         left, bottom, right, top = guess.bounds
         native_m = min(abs(guess.transform.a), abs(guess.transform.e))
     world_m = 2 * WEB_MERCATOR_HALF_M

@@ -6,7 +6,7 @@ Coordinates are pixel *corners*: x runs right, y down, pixel 0 spans 0…1, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -126,12 +126,34 @@ class DenseMaps:
     scoring: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By class, what makes a candidate likely an object: factors of `backend.instances`, if the weights bring some."""
 
+    evidence: NDArray[np.float32] | None = None
+    """How much each pixel speaks for an object that it is inside of, and for one that ends beside it, (C, 2, H, W),
+    as log odds; `backend.instances` takes the mean. None where the model has none."""
+
     def __post_init__(self) -> None:
         expected = (len(self.labels), *self.probabilities.shape[1:])
         if self.probabilities.shape != expected or self.boundary.shape != expected:
             raise ValueError(
                 f"probabilities, boundary must be {expected}, got {self.probabilities.shape}, {self.boundary.shape}"
             )
+        if self.evidence is not None and self.evidence.shape != (expected[0], 2, *expected[1:]):
+            raise ValueError(f"evidence must be {(expected[0], 2, *expected[1:])}, got {self.evidence.shape}")
+
+    def mean_with_mirrored(self, mirrored: DenseMaps) -> DenseMaps:
+        """The mean of these maps and of those of the mirror image, whose columns run the other way."""
+
+        def mean(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+            return np.asarray((one + other[..., ::-1]) / 2, np.float32)
+
+        evidence = None
+        if self.evidence is not None and mirrored.evidence is not None:
+            evidence = mean(self.evidence, mirrored.evidence)
+        return replace(
+            self,
+            probabilities=mean(self.probabilities, mirrored.probabilities),
+            boundary=mean(self.boundary, mirrored.boundary),
+            evidence=evidence,
+        )
 
 
 class Segmenter(Protocol):

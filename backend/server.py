@@ -9,28 +9,17 @@ import ctypes
 import hmac
 import json
 import logging
-import os
 import re
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request, send_from_directory
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-    multiprocess,
-)
-from werkzeug.exceptions import HTTPException
+from prometheus_client import CONTENT_TYPE_LATEST
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 
-from . import __version__, status_page
+from . import __version__, access, logs, openapi, status_page
 from .errors import (
     BackendError,
     BadConfig,
@@ -42,17 +31,24 @@ from .errors import (
     LabelStudioError,
     UnknownVersion,
 )
-from .findings import Finding
+from .metrics import Metrics, forget_process
 from .segmenter import Segmenter
 from .service import PredictRequest, Service, project_key
 from .settings import Settings
+from .stores import CONTENT_TYPES
+from .tiles import SceneTiles, signature
+from .wire import read_json
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 * 2**20
 """A thousand tasks are about 9 MB; more than this is no batch of Label Studio's."""
 
-SECRET_HEADER = "X-GeoPrelabel-Secret"
+MAX_CONTROL_BODY_BYTES = 8 * 2**20
+"""For routes that get no tasks and no annotations, and for who has shown no password."""
+
+MAX_AGE_S = 3600
+"""Browsers ask again for a tile after this long, in seconds."""
 
 # The first class in this order that an error belongs to gives the status.
 _STATUS: tuple[tuple[type[BackendError], int], ...] = (
@@ -70,21 +66,23 @@ _TILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _XYZ_TILE = re.compile(r"\d{1,2}/\d{1,10}/\d{1,10}\.(?:jpg|png|webp)")
 
 
-def create_app(settings: Settings | None = None, service: Service | None = None) -> Flask:
-    """The WSGI application, with its service started."""
+def create_app(
+    settings: Settings | None = None, service: Service | None = None, *, guesses: access.Guesses | None = None
+) -> Flask:
+    """The WSGI application, with its service started. ``guesses`` is what all server processes count in together."""
     settings = settings or Settings.from_environment()
     service = service or Service(settings)
     service.start()
     app = Flask("geoprelabel", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.extensions["service"] = service
-    metrics = Metrics()
-    service.reviews.on_found = metrics.found
+    metrics = Metrics(service)
     _clock(app, metrics)
-    _guard(app, settings)
+    access.guard(app, settings, guesses or access.Guesses(), starts_training=_is_start_training)
+    access.restrain_browsers(app)
     _control_routes(app, service, metrics)
     _predict_route(app, service, metrics)
-    _tile_route(app, settings.tiles_dir.absolute())
+    _tile_route(app, settings)
     _error_handlers(app, service)
     return app
 
@@ -102,11 +100,10 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(json.dumps(body, allow_nan=False), status=status, mimetype="application/json")
 
 
-def _body() -> Any:
-    try:
-        return json.loads(request.get_data())
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
+def _body(max_bytes: int = MAX_CONTROL_BODY_BYTES) -> Any:
+    # Kept, as the guard may read it before the route does; a second read must not find more allowed than the first.
+    request.max_content_length = max_bytes
+    return read_json(request.get_data())
 
 
 def _wants_html() -> bool:
@@ -136,6 +133,10 @@ def _control_routes(app: Flask, service: Service, metrics: Metrics) -> None:
     app.add_url_rule("/health", "health", health)
     app.add_url_rule("/status", "status", status)
 
+    @app.get("/openapi.json")
+    def described() -> Response:
+        return _json(openapi.document())
+
     @app.post("/setup")
     def setup() -> Response:
         body = _body()
@@ -147,12 +148,13 @@ def _control_routes(app: Flask, service: Service, metrics: Metrics) -> None:
     @app.route("/versions", methods=["GET", "POST"])
     def versions() -> Response:
         # Label Studio asks without saying for which project; whoever posts may say.
+        request.max_content_length = MAX_CONTROL_BODY_BYTES
         body = _body() if request.method == "POST" and request.get_data() else None
         project = body.get("project") if isinstance(body, dict) else None
         return _json({"versions": service.versions(project_key(project) if project else None)})
 
     def webhook() -> Response:
-        body = _body()
+        body = _body(MAX_BODY_BYTES)
         if not isinstance(body, dict):
             raise BadRequest(f"an event must be a JSON object, got {type(body).__name__}")
         return _json(service.event(body), 201)
@@ -165,7 +167,7 @@ def _control_routes(app: Flask, service: Service, metrics: Metrics) -> None:
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        return Response(metrics.render(service), content_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.render(), content_type=CONTENT_TYPE_LATEST)
 
     app.add_url_rule("/webhook", "webhook", webhook, methods=["POST"])
     app.add_url_rule("/train", "train", train, methods=["POST"])
@@ -174,7 +176,7 @@ def _control_routes(app: Flask, service: Service, metrics: Metrics) -> None:
 def _predict_route(app: Flask, service: Service, metrics: Metrics) -> None:
     @app.post("/predict")
     def predict() -> Response:
-        asked = PredictRequest.from_json(_body())
+        asked = PredictRequest.from_json(_body(MAX_BODY_BYTES))
         results = None
         try:
             results, version = service.predict(asked)
@@ -183,52 +185,69 @@ def _predict_route(app: Flask, service: Service, metrics: Metrics) -> None:
         return _json({"results": results, "model_version": version})
 
 
-def _tile_route(app: Flask, folder: Path) -> None:
-    @app.get("/tiles/<scene>/<path:tile>")
+def _tile_route(app: Flask, settings: Settings) -> None:
+    """Tiles from disk, else made from their scene: conditional, by ranges, for pages of any origin."""
+    folder = settings.tiles_dir.absolute()
+    made = SceneTiles(settings.scenes_dir.absolute(), at_once=max(2, settings.cores))
+    secret = settings.tiles_secret.get_secret_value()
+
+    # Answered here and not by Flask: a browser asks before it sends a Range or an If-None-Match from another origin.
+    @app.route("/tiles/<scene>/<path:tile>", methods=["GET", "HEAD", "OPTIONS"], provide_automatic_options=False)
     def tiles(scene: str, tile: str) -> Response:
-        if not _TILE.fullmatch(scene) or not (_TILE.fullmatch(tile) or _XYZ_TILE.fullmatch(tile)):
-            return reasoned(404, "no such tile")
-        answer = send_from_directory(folder / scene, tile, conditional=True, max_age=3600)
+        return Response(status=204) if request.method == "OPTIONS" else found(scene, tile)
+
+    @app.after_request
+    def for_any_page(answer: Response) -> Response:
+        if request.endpoint != "tiles":
+            return answer
         # Label Studio draws tiles on a canvas of another origin.
         answer.headers["Access-Control-Allow-Origin"] = "*"
         answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+        answer.headers["Access-Control-Expose-Headers"] = "Accept-Ranges, Content-Range, Content-Length, ETag"
+        if request.method == "OPTIONS":
+            answer.headers["Allow"] = answer.headers["Access-Control-Allow-Methods"] = "GET, HEAD, OPTIONS"
+            answer.headers["Access-Control-Allow-Headers"] = "Range, If-Range, If-None-Match, If-Modified-Since"
+            answer.headers["Access-Control-Max-Age"] = "86400"
         return answer
 
+    def found(scene: str, tile: str) -> Response:
+        if not _TILE.fullmatch(scene) or not (_TILE.fullmatch(tile) or _XYZ_TILE.fullmatch(tile)):
+            return reasoned(404, "no such tile")
+        given, wanted = (text.encode() for text in (request.args.get("sig", ""), signature(secret, scene, tile)))
+        if secret and not hmac.compare_digest(given, wanted):
+            return reasoned(403, "this tile's address is not signed, or not with GEOPRELABEL_TILES_SECRET")
+        if not (folder / scene / tile).resolve().is_relative_to(folder.resolve()):
+            return reasoned(404, "no such tile")
+        try:
+            answer = send_from_directory(folder / scene, tile, conditional=True, max_age=MAX_AGE_S)
+        except NotFound:
+            answer = on_demand(scene, tile)
+        # A signed address is for whoever was given it, not for a proxy's other users.
+        answer.headers["Cache-Control"] = f"{'private' if secret else 'public'}, max-age={MAX_AGE_S}"
+        return answer
 
-def _guard(app: Flask, settings: Settings) -> None:
-    """Basic auth on all routes but the health check and the tiles, and a secret for webhooks, where they are set."""
-    user, password = settings.basic_auth_user, settings.basic_auth_pass.get_secret_value()
-    secret = settings.webhook_secret.get_secret_value()
-    locks_webhook = bool(secret) or settings.has_basic_auth
-
-    def same(given: str | None, wanted: str) -> bool:
-        return bool(wanted) and hmac.compare_digest((given or "").encode(), wanted.encode())
-
-    @app.before_request
-    def check() -> Response | None:
-        if request.endpoint in ("health", "tiles"):
-            return None
-        # Name and password are both compared every time, so that the time taken tells nothing.
-        given = request.authorization
-        name_fits = same(given.username if given else None, user)
-        password_fits = same(given.password if given else None, password)
-        has_password = settings.has_basic_auth and name_fits and password_fits
-        if has_password or (request.endpoint != "webhook" and not settings.has_basic_auth):
-            return None
-        if request.endpoint == "webhook" and (not locks_webhook or same(request.headers.get(SECRET_HEADER), secret)):
-            return None
-        if request.endpoint == "webhook" and not settings.has_basic_auth and _is_start_training():
-            # Label Studio sends this one by the backend's connection, not by the webhook: with its password, if any.
-            return None
-        answer = reasoned(401, "user or password is missing or wrong (BASIC_AUTH_USER, BASIC_AUTH_PASS)")
-        answer.headers["WWW-Authenticate"] = 'Basic realm="GeoPrelabel"'
+    def on_demand(scene: str, tile: str) -> Response:
+        etag = made.etag(scene, tile)
+        if etag is None:
+            return reasoned(404, "no such tile")
+        answer = Response(content_type=CONTENT_TYPES[tile.rpartition(".")[2]])
+        answer.set_etag(etag)
+        # What the browser has already need not be made again.
+        if request.if_none_match.contains(etag):
+            answer.status_code = 304
+            return answer
+        content = made.image(scene, tile)
+        if content is None:
+            return reasoned(404, "no such tile")
+        answer.set_data(content)
+        answer.make_conditional(request, accept_ranges=True, complete_length=len(content))
         return answer
 
 
 def _is_start_training() -> bool:
     try:
         body = _body()
-    except BadRequest:
+    except (BadRequest, RequestEntityTooLarge):
         return False
     return isinstance(body, dict) and body.get("action") == "START_TRAINING"
 
@@ -246,7 +265,10 @@ def _error_handlers(app: Flask, service: Service) -> None:
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> Response:
-        return reasoned(error.code or 500, error.description or error.name)
+        answer = reasoned(error.code or 500, error.description or error.name)
+        # Location, Allow, Retry-After, WWW-Authenticate: what the status means nothing without.
+        answer.headers.extend((name, value) for name, value in error.get_headers() if name != "Content-Type")
+        return answer
 
     @app.errorhandler(Exception)
     def unknown(error: Exception) -> Response:
@@ -255,96 +277,26 @@ def _error_handlers(app: Flask, service: Service) -> None:
         return reasoned(500, f"unexpected {type(error).__name__}; see the backend's log and its /status page")
 
 
-class Metrics:
-    """Prometheus metrics of requests and tasks."""
-
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.seconds = Histogram(
-            "geoprelabel_request_seconds", "Time to answer a request", ["route", "status"], registry=self._registry,
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 100),
-        )  # fmt: skip
-        self._tasks = Counter(
-            "geoprelabel_tasks_total", "Tasks predicted", ["kind", "outcome"], registry=self._registry
-        )
-        self._findings = Counter(
-            "geoprelabel_findings_total", "Things wrong with annotations, when first seen", ["reason"],
-            registry=self._registry,
-        )  # fmt: skip
-        self._pre_labels = Gauge(
-            "geoprelabel_prelabels", "Pre-labels of submitted annotations by what became of them",
-            ["project", "version", "outcome"], registry=self._registry, multiprocess_mode="mostrecent",
-        )  # fmt: skip
-        self._edit_distance = Gauge(
-            "geoprelabel_edit_distance", "Mean 1 - IoU of pre-labels that were kept and what was submitted of them",
-            ["project", "version"], registry=self._registry, multiprocess_mode="mostrecent",
-        )  # fmt: skip
-        self._ready = Gauge(
-            "geoprelabel_ready", "Whether the model is loaded", registry=self._registry, multiprocess_mode="mostrecent"
-        )
-        self._waiting = Gauge(
-            "geoprelabel_waiting",
-            "Predictions in line for the device",
-            registry=self._registry,
-            multiprocess_mode="livesum",
-        )
-        self._training = {
-            name: Gauge(
-                f"geoprelabel_training_{name}", text, ["project"], registry=self._registry,
-                multiprocess_mode="mostrecent",
-            )
-            for name, text in {
-                "running": "Whether the project's model is being trained",
-                "failed": "Whether the project's newest training failed",
-                "progress": "How far the newest training is, 0 to 1",
-                "duration_seconds": "How long the newest training took, or has taken so far",
-                "changes": "Annotations changed since the newest training began",
-            }.items()
-        }  # fmt: skip
-
-    def count(self, asked: PredictRequest, results: list[Any] | None) -> None:
-        """Note what became of a request's tasks; None for a request that failed."""
-        kind = "interactive" if asked.context else "batch"
-        failed = len(asked.tasks) if results is None else sum(item == [] for item in results)
-        self._tasks.labels(kind, "failed").inc(failed)
-        self._tasks.labels(kind, "done").inc(len(asked.tasks) - failed)
-
-    def found(self, findings: Sequence[Finding]) -> None:
-        """Note what a check found."""
-        for finding in findings:
-            self._findings.labels(finding.reason).inc()
-
-    def render(self, service: Service) -> bytes:
-        """All metrics as text, those of the other server processes included."""
-        self._ready.set(service.predictor.is_ready)
-        self._waiting.set(service.predictor.gate.waiting)
-        for project, facts in service.acceptance.facts().items():
-            for version in facts["versions"]:
-                for outcome in ("unchanged", "edited", "deleted", "clicked", "drawn"):
-                    self._pre_labels.labels(project, version["name"], outcome).set(version[outcome])
-                self._edit_distance.labels(project, version["name"]).set(version["edit_distance"] or 0)
-        for project, run in service.jobs.runs().items():
-            values = {"running": run.state == "training", "failed": run.state == "failed", "progress": run.progress,
-                      "duration_seconds": run.duration_s, "changes": service.jobs.ask(project).changes}  # fmt: skip
-            for name, value in values.items():
-                self._training[name].labels(project).set(value)
-        shown = self._registry
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            shown = CollectorRegistry()
-            multiprocess.MultiProcessCollector(shown)  # type: ignore[no-untyped-call]
-        return generate_latest(shown)
-
-
 def _clock(app: Flask, metrics: Metrics) -> None:
+    """Each request has an id, which the answer and every line of the log about it carry, and its time is taken."""
+
     @app.before_request
     def start() -> None:
+        identity = logs.request_id_of(request.headers.get(logs.REQUEST_HEADER))
+        logs.request_id.set(identity)
+        request.environ[logs.ENVIRON_KEY] = identity
         request.environ["geoprelabel.start"] = time.perf_counter()
 
     @app.after_request
     def stop(answer: Response) -> Response:
         elapsed = time.perf_counter() - request.environ.get("geoprelabel.start", time.perf_counter())
         metrics.seconds.labels(request.endpoint or "none", str(answer.status_code)).observe(elapsed)
+        answer.headers[logs.REQUEST_HEADER] = request.environ.get(logs.ENVIRON_KEY, "")
         return answer
+
+    @app.teardown_request
+    def end(error: BaseException | None) -> None:
+        logs.request_id.set("")
 
 
 def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
@@ -356,6 +308,7 @@ def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
     from gunicorn.app.base import BaseApplication
 
     _share_arenas()
+    guesses = access.Guesses()
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
@@ -370,6 +323,9 @@ def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
                 "keepalive": 5,
                 "loglevel": settings.log_level.lower(),
                 "proc_name": "geoprelabel",
+                "logger_class": logs.gunicorn_logger(),
+                "accesslog": "-" if settings.log_format == "json" else None,
+                "child_exit": lambda server, worker: forget_process(worker.pid),
                 "control_socket_disable": True,
             }
             for name, value in options.items():
@@ -377,7 +333,7 @@ def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
                     self.cfg.set(name, value)
 
         def load(self) -> Flask:
-            return create_app(settings, Service(settings, segmenter=segmenter))
+            return create_app(settings, Service(settings, segmenter=segmenter), guesses=guesses)
 
     Server().run()
 

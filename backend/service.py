@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock
-
-from . import datamanager, labelstudio, validation
+from . import __version__, datamanager, labelstudio, validation
 from .acceptance import Acceptance
 from .annotations import tasks_in
 from .boxes import LastBoxes
+from .bulk import Failed, Outcome, Task
 from .client import LabelStudio, NotFound
+from .database import Database, DatabaseError
 from .errors import BackendError, BadRequest, BadTile, Busy, LabelStudioError
 from .everything import EverythingOptions, Proposer, everything, regions_of
 from .findings import Finding, Findings
@@ -35,6 +37,7 @@ from .journal import Journal
 from .labelstudio import LabelConfig, PolygonTag, PromptRequest
 from .predictor import BATCH, BUILDING, OPENED, Loaded, Predictor, load_segmenter, pre_label_options
 from .problems import Problems
+from .recent import Recent
 from .registry import Registry
 from .regularize import metric_frame, regularized
 from .review import Reviews
@@ -50,6 +53,9 @@ Json = dict[str, Any]
 
 TITLE_AFTER_S = 3.0
 """A new version's name is written into Label Studio so long after it asked for it, in seconds."""
+
+MAX_PROJECTS = 1_000
+"""Projects of which something is remembered in memory; anybody can name thousands."""
 
 MAX_WARMING = 10_000
 """More work than this in line, and no further embeddings are made ahead."""
@@ -112,10 +118,11 @@ class Service:
         self.settings = settings
         self.registry = Registry(settings)
         self.predictor = Predictor(settings, self.registry, segmenter=segmenter)
-        self.jobs = Jobs(settings)
-        self.journal = Journal(settings)
+        self.database = Database(settings)
+        self.jobs = Jobs(settings, self.database)
+        self.journal = Journal(settings, self.database)
         self.problems = Problems(settings.data_dir)
-        self.findings = Findings(settings.data_dir)
+        self.findings = Findings(settings.data_dir, self.database)
         self.acceptance = Acceptance(settings, self.journal, self.problems)
         self.reviews = Reviews(settings, self.findings, self.problems, lambda: client_of(settings))
         self.images = ImageStore(settings, client_of(settings) if settings.label_studio_url else None)
@@ -127,11 +134,20 @@ class Service:
         # Some request threads stay free for the control routes, however much is asked to be predicted.
         self._places = Room(settings.threads - min(4, max(1, settings.threads // 4)))
         self._batch_places = Room(max(1, settings.threads // 4))
-        self._untrained: dict[str, tuple[str, ...]] = {}
-        self._titled: dict[str, str] = {}
+        self._untrained: Recent[str, tuple[str, ...]] = Recent(MAX_PROJECTS)
+        self._titled: Recent[str, str] = Recent(MAX_PROJECTS)
         self._errands = ThreadPoolExecutor(max_workers=1, thread_name_prefix="errand")
         self._closing = threading.Event()
         self.started = time.time()
+
+    @property
+    def is_closing(self) -> threading.Event:
+        """Set once the service is being closed."""
+        return self._closing
+
+    def queues(self) -> dict[str, int]:
+        """How much waits in this process: for the device, tiles of batches and prewarming, annotations to check."""
+        return {"device": self.predictor.gate.waiting, "tiles": self._pool.waiting, "checks": self.reviews.waiting}
 
     def start(self) -> None:
         """Load the model, follow promotions, and go on with training that is asked for, in the background."""
@@ -146,6 +162,7 @@ class Service:
         self.reviews.close()
         self._pool.close()
         self.predictor.stop()
+        self.database.close()
 
     # --- What Label Studio asks ---
 
@@ -231,18 +248,20 @@ class Service:
         self.journal.note(project, payload)
         if action == "ANNOTATION_UPDATED" and self.reviews.is_own(payload.get("annotation")):
             return {"status": "our own note"}
-        self.reviews.note(payload, project)
+        answer: Json = {"status": "ignored"}
         if action in _CHANGES:
             count = _changed(payload.get(_CHANGES[action]))
             started = self._asked(project, lambda: self.jobs.changed(project, count)) if count else False
-            return {"job": project, "status": "started" if started else "noted"}
-        return {"status": "ignored"}
+            answer = {"job": project, "status": "started" if started else "noted"}
+        # Last: its thread begins at once and takes the processor, and an annotator waits for this answer.
+        self.reviews.note(payload, project)
+        return answer
 
     def _asked(self, project: str, ask: Callable[[], bool]) -> bool:
         """Whether a training was started; a full disk must not be an annotator's trouble."""
         try:
             return ask()
-        except OSError as error:
+        except (OSError, DatabaseError) as error:
             self.journal.has_missed = True
             self.problems.add(f"training, project {project}", f"{error}; Label Studio will be asked what was missed")
             return False
@@ -271,7 +290,7 @@ class Service:
         if not projects:
             return
         # In turn, or what several server processes find missing would be counted by each.
-        with FileLock(self.settings.data_dir / "reconcile.lock"), client_of(self.settings) as label_studio:
+        with self.database.in_turn("reconcile"), client_of(self.settings) as label_studio:
             for project in projects:
                 number = int(project.split(".")[0])
                 try:
@@ -302,10 +321,16 @@ class Service:
             "label_studio": self.settings.label_studio_url or None,
             "has_token": bool(self.settings.label_studio_api_key.get_secret_value()),
             "waiting": self.predictor.gate.waiting,
+            "queues": self.queues(),
+            "is_journal_behind": self.journal.has_missed,
             "embeddings_mb": {"memory": round(self.predictor.embeddings.memory.nbytes / 2**20, 1),
-                              "disk": round(self.predictor.embeddings.disk.nbytes / 2**20, 1)},
+                              "memory_limit": self.settings.embedding_cache_mb,
+                              "disk": round(self.predictor.embeddings.disk.nbytes / 2**20, 1),
+                              "disk_limit": self.settings.embedding_disk_mb},
+            "images_mb": {"memory": round(self.images.nbytes / 2**20, 1), "memory_limit": self.images.limit_mb},
+            "disk_free_mb": None if (left := free_bytes(self.settings.data_dir)) is None else left // 2**20,
             # Nothing is invented for a label that the model does not know: it gets no pre-labels until it was trained.
-            "untrained_labels": {project: list(labels) for project, labels in self._untrained.items() if labels},
+            "untrained_labels": {project: list(labels) for project, labels in list(self._untrained.items()) if labels},
             "versions": [
                 {"project": v.project, "name": v.name, "live": v.is_champion, "created": v.created.isoformat(),
                  "parent": v.parent, "metrics": dict(v.metrics), "note": v.tags.get("note", "")}
@@ -364,21 +389,29 @@ class Service:
     # --- Pre-labels and answers ---
 
     def predict_tasks(
-        self, tasks: Iterable[Mapping[str, Any]], label_config: str, project: str = "0"
-    ) -> Iterable[tuple[Mapping[str, Any], Json | None]]:
-        """Pre-labels for many tasks, in order, two at a time: the task and its prediction, None where it failed."""
+        self, tasks: Iterable[tuple[int, Task]], label_config: str, project: str = "0"
+    ) -> Iterable[tuple[int, Outcome]]:
+        """Pre-labels for many numbered tasks, in order, two at a time."""
         config = parsed_config(label_config)
         self.predictor.wait(120)
         model = self.predictor.model(project)
-        pending: list[tuple[Mapping[str, Any], Future[Json | None]]] = []
-        for task in tasks:
-            work = functools.partial(self._pre_label_or_none, model, config, project, task)
-            pending.append((task, self._pool.submit(project, work)))
+        pending: list[tuple[int, Future[Outcome]]] = []
+        for number, task in tasks:
+            work = functools.partial(self._pre_label_or_failed, model, config, project, task)
+            pending.append((number, self._pool.submit(project, work)))
             if len(pending) > 3:
                 done, future = pending.pop(0)
                 yield done, future.result()
         for done, future in pending:
             yield done, future.result()
+
+    def pre_label(self, model: Loaded, label_config: str, task: Task) -> Json:
+        """A task's prediction by that model. Raises BackendError."""
+        return self._prediction(model, parsed_config(label_config), task, BATCH)
+
+    def warm(self, model: Loaded, label_config: str, task: Task) -> bool:
+        """Whether embeddings of a task's images had to be made, to be kept on disk. Raises BackendError."""
+        return self._warm(model, parsed_config(label_config), task)
 
     def warm_tasks(
         self, tasks: Iterable[Mapping[str, Any]], label_config: str, project: str = "0"
@@ -404,11 +437,7 @@ class Service:
     def _warmed(self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any]) -> bool | None:
         """Whether embeddings of a task's images had to be made; None where one failed, and the reason is a problem."""
         try:
-            made = False
-            for tag in {tag.to_name: tag for tag in config.tags}.values():
-                image, tile = self._open(task, tag)
-                scale = self._scale(model, config, tag, image, tile)
-                made |= self.predictor.warm(model, image.rgb, image.key, scale=scale)
+            return self._warm(model, config, task)
         except BackendError as error:
             self.problems.add(f"prewarm, {_named(task, project)}", error)
             return None
@@ -416,6 +445,13 @@ class Service:
             log.exception("prewarm, %s failed", _named(task, project))
             self.problems.add(f"prewarm, {_named(task, project)}", f"unexpected {type(error).__name__}: {error}")
             return None
+
+    def _warm(self, model: Loaded, config: LabelConfig, task: Mapping[str, Any]) -> bool:
+        made = False
+        for tag in {tag.to_name: tag for tag in config.tags}.values():
+            image, tile = self._open(task, tag)
+            scale = self._scale(model, config, tag, image, tile)
+            made |= self.predictor.warm(model, image.rgb, image.key, scale=scale)
         return made
 
     def _predict_batch(
@@ -424,30 +460,35 @@ class Service:
         def one(task: Mapping[str, Any], urgency: int) -> Json | list[Any]:
             if time.monotonic() > deadline:
                 return []
-            return self._pre_label_or_none(model, config, request.project, task, urgency=urgency) or []
+            found = self._pre_label_or_failed(model, config, request.project, task, urgency=urgency)
+            return [] if isinstance(found, Failed) else found
 
         if len(request.tasks) == 1:
             return [one(request.tasks[0], OPENED)]
         begun = [self._pool.submit(request.project, functools.partial(one, task, BATCH)) for task in request.tasks]
         return [_result_or_empty(future) for future in begun]
 
-    def _pre_label_or_none(
-        self, model: Loaded, config: LabelConfig, project: str, task: Mapping[str, Any], *, urgency: int = BATCH
-    ) -> Json | None:
-        """A task's prediction, or None when it failed; then the reason is among the problems."""
+    def _pre_label_or_failed(
+        self, model: Loaded, config: LabelConfig, project: str, task: Task, *, urgency: int = BATCH
+    ) -> Outcome:
+        """A task's prediction, or why there is none; that is among the problems then, too."""
         where = f"predict, {_named(task, project)}"
         try:
-            if not isinstance(task, Mapping):
-                raise BadRequest(f"a task must be an object, got {type(task).__name__}")
-            found = [self._pre_label(model, config, task, tag, urgency) for tag in config.wanted_tags]
+            return self._prediction(model, config, task, urgency)
         except BackendError as error:
             self.problems.add(where, error)
-            return None
+            return Failed(str(error))
         except Exception as error:
             # Whatever it is, it is this task's: the rest of the batch goes on.
             log.exception("%s failed", where)
-            self.problems.add(where, f"unexpected {type(error).__name__}: {error}; please report it with the log")
-            return None
+            reason = f"unexpected {type(error).__name__}: {error}; please report it with the log"
+            self.problems.add(where, reason)
+            return Failed(reason)
+
+    def _prediction(self, model: Loaded, config: LabelConfig, task: Task, urgency: int) -> Json:
+        if not isinstance(task, Mapping):
+            raise BadRequest(f"a task must be an object, got {type(task).__name__}")
+        found = [self._pre_label(model, config, task, tag, urgency) for tag in config.wanted_tags]
         results = [result for of_tag, *_ in found for result in of_tag]
         chances = [chance for _, of_tag, _ in found for chance in of_tag]
         # What nobody looked for is not known to be absent: no score then.
@@ -694,16 +735,16 @@ def everything_in_tasks(
     settings: Settings,
     segmenter: Proposer,
     config: LabelConfig,
-    tasks: Iterable[Mapping[str, Any]],
+    tasks: Iterable[tuple[int, Task]],
     *,
     options: EverythingOptions,
-) -> Iterator[tuple[Mapping[str, Any], Json | None]]:
-    """For each task, outlines without a label of all that the segmenter sees; None where that failed."""
+) -> Iterator[tuple[int, Outcome]]:
+    """For each numbered task, outlines without a label of all that the segmenter sees."""
     if not config.wanted_tags:
         raise BadRequest("the label config has no tag that takes polygons")
     tag, problems = config.wanted_tags[0], Problems(settings.data_dir)
     with task_images(settings) as image_of:
-        for task in tasks:
+        for number, task in tasks:
             try:
                 url = labelstudio.image_of(task, tag)
                 rgb = image_of(url, task.get("id"))
@@ -711,11 +752,17 @@ def everything_in_tasks(
                 regions = regions_of(everything(segmenter, rgb, options=options))
             except BackendError as error:
                 problems.add(f"everything, task {task.get('id')}", error)
-                yield task, None
+                yield number, Failed(str(error))
                 continue
             identity, version = task_identity(task), f"{segmenter.version}-everything"
             results = labelstudio.results_of(regions, tag, tile, task_id=identity, version=version)
-            yield task, labelstudio.prediction_of(results, version=version)
+            yield number, labelstudio.prediction_of(results, version=version)
+
+
+def prediction_fingerprint(settings: Settings, version: str, label_config: str) -> str:
+    """Names all that a pre-label depends on beside its task: it changes where they may change."""
+    parts = [__version__, version, settings.model_score_threshold, settings.regularize, label_config]
+    return f"{version} {hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
 def proposer_of(settings: Settings) -> Proposer:
@@ -745,13 +792,26 @@ def read_tasks(path: Path) -> list[Json]:
     return tasks
 
 
-def client_of(settings: Settings) -> LabelStudio:
+def client_of(settings: Settings, *, attempts: int = 6) -> LabelStudio:
     """Label Studio's API as settings say. Raises LabelStudioError where they say nothing."""
     if not settings.label_studio_url:
         raise LabelStudioError(
             "LABEL_STUDIO_URL is not set; it says where Label Studio answers, e.g. http://localhost:8080"
         )
-    return LabelStudio(settings.label_studio_url, settings.label_studio_api_key.get_secret_value())
+    key = settings.label_studio_api_key.get_secret_value()
+    return LabelStudio(settings.label_studio_url, key, attempts=attempts)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room left on the disk of a folder that may not be there yet; None where the system does not say."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return None
 
 
 def _tags_beside(config: LabelConfig, tag: PolygonTag) -> Sequence[PolygonTag]:

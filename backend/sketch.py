@@ -133,24 +133,23 @@ class Sketch:
         self._cells.add(int(_cells_of(corners[:1])[0]))
         self._tiles.add(_Footprint(tile, corners, image_url, task_id))
 
-    def add_features(self, geometries: Sequence[BaseGeometry], labels: Sequence[str]) -> None:
+    def add_features(self, geometries: Sequence[BaseGeometry] | NDArray[np.object_], labels: Sequence[str]) -> None:
         """Features in longitude and latitude, and their labels."""
         shapes = np.asarray(geometries, dtype=object)
         if len(shapes) != len(labels):
             raise ValueError(f"there must be a label for each geometry, got {len(labels)} for {len(shapes)}")
         if not len(shapes):
             return
-        # Any point of a feature will do for a dot, and this one costs nothing.
-        points = shapely.get_coordinates(
-            shapely.get_point(shapely.get_exterior_ring(shapely.get_geometry(shapes, 0)), 0)
-        )
+        # Any point of a feature will do for a dot, and its first costs nothing.
+        counts = shapely.get_num_coordinates(shapes)
+        points = shapely.get_coordinates(shapes)[np.cumsum(counts) - counts]
         self._points.append(points)
         self._label_numbers.append(
             np.array([self._labels.setdefault(label, len(self._labels)) for label in labels], np.int32)
         )
         self._counts.update(labels)
         self._cells.update(np.unique(_cells_of(points)).tolist())
-        self._vertices += int(shapely.get_num_coordinates(shapes).sum())
+        self._vertices += int(counts.sum())
         if self._vertices > _MAX_VERTICES:
             self._shapes = None
         if self._shapes is not None:
@@ -338,16 +337,21 @@ def _footprints(outlines: Sequence[FloatArray], frame: _Frame) -> Iterator[str]:
 def _outlines(
     shapes: NDArray[np.object_], labels: NDArray[np.int32], frame: _Frame, names: Sequence[str], palette: Sequence[str]
 ) -> Iterator[str]:
-    """One path a label, over a dark line that keeps it legible on bright ground."""
+    """One path a label, over a dark line that keeps it legible on bright ground; points as dots, alike."""
     drawn = shapely.simplify(shapely.transform(shapes, frame), _SIMPLIFY_PX)
+    is_point = shapely.get_type_id(drawn) == shapely.GeometryType.POINT
     for number in np.unique(labels):
-        paths = "".join(_rings_path(shape) for shape in drawn[labels == number])
-        colour = palette[number]
-        yield (
-            f'<g><title>{escape(names[number])}</title><path class="casing" d="{paths}"/>'
-            f'<path d="{paths}" fill="{colour}" fill-opacity=".25" fill-rule="evenodd" stroke="{colour}"'
-            ' stroke-width="1.4" stroke-linejoin="round"/></g>'
+        here, colour = labels == number, palette[number]
+        paths = "".join(_rings_path(shape) for shape in drawn[here & ~is_point])
+        dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in shapely.get_coordinates(drawn[here & is_point]).tolist())
+        outlines = (
+            f'<path class="casing" d="{paths}"/><path d="{paths}" fill="{colour}" fill-opacity=".25"'
+            f' fill-rule="evenodd" stroke="{colour}" stroke-width="1.4" stroke-linejoin="round"/>'
         )
+        points = (
+            f'<path class="dots casing" d="{dots}"/><path class="dots" d="{dots}" stroke="{colour}" stroke-width="6"/>'
+        )
+        yield (f"<g><title>{escape(names[number])}</title>{outlines if paths else ''}{points if dots else ''}</g>")
 
 
 def _dots(points: FloatArray, labels: NDArray[np.int32], frame: _Frame, palette: Sequence[str]) -> Iterator[str]:

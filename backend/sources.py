@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _FILE_SYSTEMS = {
 _REMOTE = re.compile(r"^(?:[a-z0-9+.-]+://|/vsi(?!mem|zip|tar|gzip|7z|rar))", re.IGNORECASE)
 _SCHEME = re.compile(r"^([a-z0-9]+)://", re.IGNORECASE)
 _SHOWN_ASSETS = ("visual", "rendered_preview", "image", "ortho", "data", "analytic")
+_IN_ARCHIVES = (".tif", ".tiff", ".jp2", ".img")
 _MAX_ITEM_BYTES = 32 * 2**20
 
 
@@ -112,6 +114,9 @@ def _expanded(name: str, asset: str, *, base: str = "", depth: int = 0) -> Itera
             # As in any playlist, paths are meant from the list's own folder.
             beside = line if is_remote(line) or Path(line).is_absolute() else str(Path(name).parent / line)
             yield from _expanded(beside, asset, depth=depth + 1)
+    elif ending == "zip" and not is_remote(name) and not name.startswith("/vsi"):
+        for inner in _in_zip(name):
+            yield f"{Path(name).stem}-{Path(inner).stem}", f"/vsizip/{Path(name).absolute()}/{inner}"
     elif ending in ("json", "geojson") and (content := _stac(name)) is not None:
         for item in content:
             yield str(item.get("id") or name), _asset_address(item, asset, name)
@@ -162,6 +167,17 @@ def _asset_address(item: Mapping[str, Any], wanted: str, name: str) -> str:
     elif not is_remote(href):
         href = str(Path(name).parent / href.removeprefix("file://"))
     return gdal_address(href)
+
+
+def _in_zip(name: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(name) as file:
+            found = sorted(inner for inner in file.namelist() if inner.casefold().endswith(_IN_ARCHIVES))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise BadScene(f"{name} cannot be read: {error}") from error
+    if not found:
+        raise BadScene(f"{name} holds no {' '.join(_IN_ARCHIVES)}; name what it holds as /vsizip/{name}/…")
+    return found
 
 
 def _text(name: str) -> str:

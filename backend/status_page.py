@@ -9,16 +9,25 @@ from typing import Any
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--ok:#1a7f37;--bad:#c62828}
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem}
+body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;overflow-wrap:anywhere}
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
-table{border-collapse:collapse;width:100%;display:block;overflow-x:auto}
+table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{overflow-wrap:normal}table:not(.listed) td:first-child{overflow-wrap:normal;width:9rem}
 svg{display:block;width:100%;max-width:32rem;height:auto;margin:.6rem 0;overflow:visible;font-size:12px}
 svg text{fill:currentColor}.grid{stroke:var(--line)}polyline{fill:none;stroke:currentColor;stroke-width:2}
 circle{fill:currentColor}
 .v0{color:#1f77b4}.v1{color:#e07b00}.v2{color:#2e9e44}.v3{color:#d04a4a}.v4{color:#9a6dd0}.v5{color:#8c8c4a}
 .ok{color:var(--ok)}.bad{color:var(--bad)}.quiet{opacity:.7}progress{width:8rem}
+@media(prefers-color-scheme:dark){:root{--ok:#3fb950;--bad:#ff7b72}}
+@media(max-width:44rem){.listed tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--line)}
+.listed tr.head,.listed td:empty{display:none}.listed td{display:flex;gap:.6rem;padding:.1rem 0;border:0}
+.listed td:before{content:attr(data-of);flex:0 0 7.6rem;opacity:.7}}
 """
+
+
+LOW_DISK_MB = 1024
+"""Less room than this on the disk of the data folder is shown in red."""
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -33,13 +42,14 @@ def render(facts: Mapping[str, Any]) -> str:
             "set" if facts["has_token"] else "<span class=bad>not set (LABEL_STUDIO_API_KEY): no training</span>",
         ),
         ("Up for", _span(facts["uptime_s"])),
-        ("Waiting predictions", str(facts["waiting"])),
     ]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>GeoPrelabel</title><style>{_STYLE}</style><h1>GeoPrelabel</h1>"
         + _table(None, rows)
         + _untrained(facts["untrained_labels"])
+        + "<h2>Queues, caches, disk</h2>"
+        + _load(facts)
         + "<h2>Training</h2>"
         + _training(facts["training"])
         + "<h2>Model versions</h2>"
@@ -52,6 +62,23 @@ def render(facts: Mapping[str, Any]) -> str:
         + _problems(facts["problems"])
         + "</html>"
     )
+
+
+def _load(facts: Mapping[str, Any]) -> str:
+    queues, embeddings, images, free_mb = (facts[n] for n in ("queues", "embeddings_mb", "images_mb", "disk_free_mb"))
+    behind = "<span class=bad>not all events could be written down; Label Studio is asked for what is missing</span>"
+    low = " class=bad" if free_mb is not None and free_mb < LOW_DISK_MB else ""
+    rows = [
+        ("In line for the model", str(queues["device"])),
+        ("Tiles of batches in line", str(queues["tiles"])),
+        ("Annotations to check", str(queues["checks"])),
+        ("Embeddings in memory", f"{embeddings['memory']} of {embeddings['memory_limit']} MB"),
+        ("Embeddings on disk", f"{embeddings['disk']} of {embeddings['disk_limit']} MB"),
+        ("Images in memory", f"{images['memory']} of {images['memory_limit']} MB"),
+        ("Room on the disk", "not known" if free_mb is None else f"<span{low}>{free_mb} MB</span>"),
+        ("Journal", behind if facts["is_journal_behind"] else "complete"),
+    ]
+    return "<p class=quiet>Queues and memory are those of the server process that answered.</p>" + _table(None, rows)
 
 
 def _untrained(labels: Mapping[str, Sequence[str]]) -> str:
@@ -75,7 +102,7 @@ def _training(runs: Mapping[str, Mapping[str, Any]]) -> str:
             (escape(project), f"<span{mark}>{escape(run['state'])}</span> {bar}", escape(run["message"]),
              _ago(run["finished"] or run["started"]), _span(run["duration_s"]), str(run["changes_since"]))
         )  # fmt: skip
-    return _table(("Project", "State", "", "When", "Took", "Changes since"), rows)
+    return _table(("Project", "State", "Message", "When", "Took", "Changes since"), rows)
 
 
 def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
@@ -189,8 +216,16 @@ def _problems(problems: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(head: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
-    top = "<tr>" + "".join(f"<th>{cell}" for cell in head) if head else ""
-    return "<table>" + top + "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows) + "</table>"
+    if head is None:
+        return "<table>" + "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows) + "</table>"
+    # On a phone each row stands by itself, and each cell says what it is of.
+    top = "<tr class=head>" + "".join(f"<th>{cell}" for cell in head)
+    cells = (
+        "".join(f"<td data-of='{of}'>" + (cell and f"<div>{cell}</div>") for of, cell in zip(head, row, strict=True))
+        for row in rows
+    )
+    body = (f"<tr>{of_row}" for of_row in cells)
+    return "<table class=listed>" + top + "".join(body) + "</table>"
 
 
 def _ago(when: float) -> str:

@@ -58,6 +58,11 @@ class Stretch:
             return None
         values = np.concatenate(listed, axis=1).astype(np.float64)
         low, high = np.quantile(values, (_LOW_SHARE, _HIGH_SHARE), axis=1)
+        # A border of one value that the file does not call nodata can fill nearly all of a scene.
+        for band in np.flatnonzero(low == high):
+            others = values[band][values[band] != low[band]]
+            if others.size:
+                low[band], high[band] = np.quantile(others, (_LOW_SHARE, _HIGH_SHARE))
         # A flat band would divide by nothing.
         high = np.where(high > low, high, np.maximum(low + 1, np.nextafter(low, np.inf)))
         return cls("percentile", tuple(low.tolist()), tuple(high.tolist()))

@@ -34,7 +34,13 @@ _WKT2 = re.compile(
     r"^(?:PROJCRS|GEOGCRS|GEODCRS|COMPOUNDCRS|BOUNDCRS|ENGCRS|DERIVEDPROJCRS|PROJCS|GEOGCS|COMPD_CS|LOCAL_CS)\s*\[",
     re.IGNORECASE,
 )
+_NAMES_FILE = re.compile(
+    r"PARAMETERFILE|PROJ4_GRIDS|PROJ-based|(?:grids?|file|init|catalog|sql)\s*=(?!\s*@null\b)", re.IGNORECASE
+)
+"""What in WKT makes PROJ open a file, or run a pipeline, of the writer's choice. GDAL's own WKT has nadgrids=@null."""
+
 _MAX_CRS_TEXT = 20_000
+_MAX_SCENE_PX = 2**40
 _GEOD = pyproj.Geod(ellps="WGS84")
 
 
@@ -113,13 +119,15 @@ class Tile:
                 transform = Affine(a, b, c, d, e, f)
             except (TypeError, ValueError, OverflowError) as error:
                 raise BadTile(f"data.tile.transform must be six numbers, got {transform!r:.120}") from error
+        if max(map(abs, (columns, rows, *(window or ()), *(core or ())))) > _MAX_SCENE_PX:
+            raise BadTile(f"data.tile has a size, window or core beyond {_MAX_SCENE_PX} pixels")
         gsd_m = record.get("gsd_m")
         try:
             gsd_m = float(gsd_m) if gsd_m is not None else None
         except (TypeError, ValueError, OverflowError) as error:
             raise BadTile(f"data.tile.gsd_m must be a number of metres, got {gsd_m!r:.80}") from error
-        if gsd_m is not None and not 0 < gsd_m < math.inf:
-            raise BadTile(f"data.tile.gsd_m must be a positive number of metres, got {gsd_m}")
+        if gsd_m is not None and not 1e-6 <= gsd_m <= 1e6:
+            raise BadTile(f"data.tile.gsd_m must be a number of metres from 1e-6 to 1e6, got {gsd_m}")
         for name in ("stretch", "source"):
             if not isinstance(record.get(name) or {}, Mapping):
                 raise BadTile(f"data.tile.{name} must be an object, got {record[name]!r:.80}")
@@ -287,7 +295,8 @@ class Tile:
         if not np.isfinite([x, y]).all():
             return None
         west, south, east, north = math.floor(min(x)), math.floor(min(y)), math.ceil(max(x)), math.ceil(max(y))
-        return (west, max(south, -90), east, min(north, 90)) if east - west < 180 else None
+        is_one = east - west < 180 and west >= -180 and east <= 180
+        return (west, max(south, -90), east, min(north, 90)) if is_one else None
 
 
 def checked_crs(text: Any) -> str:
@@ -297,6 +306,8 @@ def checked_crs(text: Any) -> str:
     """
     if not isinstance(text, str) or len(text) > _MAX_CRS_TEXT or not (_AUTHORITY_CODE.match(text) or _WKT2.match(text)):
         raise BadTile(f"crs must be an authority code such as EPSG:32645, or WKT2, got {text!r:.80}")
+    if named := _NAMES_FILE.search(text):
+        raise BadTile(f"a crs that names files ({named.group()}) is not taken; give the scene one without grids")
     _crs(text)
     return text
 

@@ -1,10 +1,11 @@
-"""Accepted labels become dense heads of a project, on features that a segmenter has already computed.
+"""Accepted labels become dense heads of a project.
 
-The shipped network stays as it is; one small head a label is trained, from the shipped head where the label has one.
-Each tile is left out once, with its neighbours, and judged by a head that has not learned from it (cross-fitting). That
-shows when to stop, how far a shipped head should follow, and what a changed head's candidates are worth: the scoring
-that goes with it is fitted on them, with the shipped scoring as what is believed beforehand. The head itself then
-learns from all tiles.
+The shipped network stays as it is; one small head a label is trained, from the shipped one where the label has one. It
+reads what a segmenter keeps of a tile, or, where the segmenter is `Deep`, what its network has inside. Windows of the
+tiles are read once and learned from many times, turned and mirrored. Each tile is left out once, with its neighbours,
+and judged by a head that has not learned from it (cross-fitting). That shows when to stop, how far a shipped head
+should follow, and what a changed head's candidates are worth: the scoring that goes with it is fitted on them, with the
+shipped scoring as what is believed beforehand. The head itself then learns from all tiles.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import cv2
 import numpy as np
@@ -42,16 +43,29 @@ LEAST_TILES_TO_HOLD_OUT = 4
 """With fewer tiles none is left out: the head is trained to the end, and scored as the shipped ones are."""
 
 _FOLDS = 2
-_WINDOW_CELLS = 64
+_WINDOW_CELLS, _WINDOW_STRIDE_CELLS = 64, 8
+"""Side of the windows that are learned from, and what their place is a multiple of: the network's coarsest cells."""
+
+_MOST_WINDOWS, _MOST_LOOKS, _WINDOWS_A_LOOK = 240, 2, 8
+"""Windows that are read for a label, and times that a tile is read for them: the first time as it is, ..."""
+
+_CONTRAST, _BRIGHTNESS, _TINT = 0.25, 20.0, 0.08
+"""... then in other light, by up to so much."""
+
+_MOST_READ_PX = 1536
+"""Of a larger image one part is learned from, in pixels a side as the network sees it."""
+
 _WINDOWS_A_STEP = 4
-_STEPS, _LEAST_STEPS, _FULL_LABELS = 160, 80, 2
+_STEPS, _LEAST_STEPS, _FULL_LABELS = 120, 60, 2
 """Steps of a label's training where there are no more than so many labels, and at least so many where there are."""
 
 _CHECKS = 5
 _MOST_CHECKED = 12
 """Looks at tiles left out during a training, and tiles that are looked at: enough to tell when to stop."""
 
-_RATE_FROM_SHIPPED, _RATE_FROM_NOTHING = 1e-3, 4e-3
+_RATE_FROM_SHIPPED, _RATE_FROM_NOTHING = 1e-3, 3e-3
+"""Learning rates; a pyramid is never from nothing."""
+
 _WARM_UP_STEPS = 10
 _AVERAGED = 0.08
 """How fast the head that is kept follows the one that is trained. A single step's head is now surer, now less sure of
@@ -61,7 +75,7 @@ _BETWEEN_PX, _BETWEEN_WEIGHT = 9, 4.0
 """Pixels with two objects within this square count so many times: joined neighbours are most of what goes wrong."""
 
 _MOST_SCORED = 40
-"""Tiles whose candidates the scoring is fitted on."""
+"""Tiles left out that shares are compared and the scoring is fitted on, at most."""
 
 _LEAST_CANDIDATE_PX = 100.0
 _RIGHT_IOU = 0.5
@@ -81,7 +95,7 @@ class Learner(Protocol[Head]):
     """A segmenter whose dense heads can be trained.
 
     A head gives class and border logits, (N, 2, 2h, 2w), from an embedding's ``coarse`` features, (N, C, h, w), and
-    ``fine`` ones, (N, c, 2h, 2w); its last layer is ``out``.
+    ``fine`` ones, (N, c, 2h, 2w), or from what a `Deep` segmenter reads; its last layer is named ``out``.
     """
 
     @property
@@ -102,7 +116,7 @@ class Learner(Protocol[Head]):
         """A head to be trained from nothing."""
         ...
 
-    def with_only(self, heads: Mapping[str, Head]) -> Learner[Head]:
+    def with_only(self, heads: Mapping[str, Any]) -> Learner[Any]:
         """The same network with these heads alone."""
         ...
 
@@ -119,6 +133,27 @@ class Learner(Protocol[Head]):
         scoring: Mapping[str, Scoring] | None = None,
     ) -> None:
         """Write a project's heads by label, whole or not at all."""
+        ...
+
+
+@runtime_checkable
+class Deep(Protocol):
+    """A `Learner` whose heads read what its network has inside, and so need the image."""
+
+    def inner(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> Embedding:
+        """What a head reads of an image that is seen ``scale`` times as large: all features but ``scale_xy``."""
+        ...
+
+    def embed(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> Embedding:
+        """Features of the image, with what its heads made of them."""
+        ...
+
+    def working_scale(self, image_hw: tuple[int, int], gsd_m: float | None, classes: Collection[str]) -> float:
+        """How much to enlarge an image of that ground size a pixel, where objects of those classes count."""
+        ...
+
+    def trainable_head(self, label: str) -> Any:
+        """A head to be trained, that does the same as the label's own; None where there is none."""
         ...
 
 
@@ -178,7 +213,7 @@ class TrainingReport:
 
     labels: tuple[LabelReport, ...]
     untrained: tuple[str, ...]
-    """Labels without any outline, for which nothing was trained."""
+    """Labels without any outline, for which no head was trained. What a shipped one finds there counts as wrong."""
 
     tiles: int
     """Tiles learned from."""
@@ -191,18 +226,29 @@ class TrainingReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tile:
-    """Features and targets of a label on one tile."""
+    """What a head reads of a tile, and what it should say."""
 
-    embedding: Embedding
+    inputs: tuple[NDArray[np.generic], ...]
+    """Features in the order in which a head takes them, (C, h, w) each, of several resolutions."""
+
     target: NDArray[np.float32]
     """Class and border, (2, 2h, 2w) at half-cells, 0…1."""
 
     emphasis: NDArray[np.float32]
     """How much each half-cell counts, (2h, 2w): 0 on the image's padding, most between neighbours."""
 
-    weight: float
-    outlines: tuple[Polygon, ...]
-    """In pixels of the image, the largest first."""
+    weight: float = 1.0
+
+    def part(self, top: int, left: int, side: int) -> _Tile:
+        """A square of it; place and size in half-cells, multiples of the network's coarsest cells."""
+        rows = len(self.emphasis)
+
+        def cut(values: NDArray[Any]) -> NDArray[Any]:
+            each = values.shape[-2] / rows
+            y, x, n = (round(v * each) for v in (top, left, side))
+            return values[..., y : y + n, x : x + n].copy()
+
+        return _Tile(tuple(cut(v) for v in self.inputs), cut(self.target), cut(self.emphasis), self.weight)
 
 
 def train_heads(
@@ -217,9 +263,9 @@ def train_heads(
 ) -> TrainingReport:
     """Train a head and fit a scoring for each label, and write them to ``out``, whole or not at all.
 
-    Examples come with their features (`backend.judging.embedded`). The same data and seed give the same heads, as long
-    as ``max_seconds`` is not what ends the training. ``progress`` is called with the share done, 0…1, and a few words.
-    Raises TrainingError where there is nothing to learn from.
+    Examples come with their image where the segmenter is `Deep`, else with their features (`backend.judging.embedded`).
+    The same data and seed give the same heads, unless ``max_seconds`` is what ends the training. ``progress`` is called
+    with the share done, 0…1, and a few words. Raises TrainingError where there is nothing to learn from.
     """
     begun = time.perf_counter()
     tell = progress or (lambda share, words: None)
@@ -234,18 +280,18 @@ def train_heads(
             f"none of the {len(examples)} tiles has an outline labelled {' or '.join(counts) or '(no label)'}"
         )
 
-    embeddings = [_features(segmenter, example) for example in examples]
     folds = _folds([e.place for e in examples], seed)
     steps = _STEPS if len(trained) <= _FULL_LABELS else max(_LEAST_STEPS, _STEPS * _FULL_LABELS // len(trained))
-    heads: dict[str, Head] = {}
+    heads: dict[str, Any] = {}
     scoring: dict[str, Scoring] = {}
     reports = []
+    untrained = tuple(label for label, count in counts.items() if not count)
     deadline = time.perf_counter() + max_seconds
     for i, label in enumerate(trained):
-        tiles = [_tile(e, embedding, label) for e, embedding in zip(examples, embeddings, strict=True)]
         now = time.perf_counter()
+        desk = _Desk(segmenter, label, classes=tuple(counts), seed=seed)
         heads[label], fitted, report = _learned(
-            segmenter, label, tiles, folds, steps=steps, seed=seed,
+            desk, examples, folds, steps=steps,
             deadline=now + (deadline - now) / (len(trained) - i),
             tell=_part_of(tell, label, i, len(trained)),
         )  # fmt: skip
@@ -253,11 +299,17 @@ def train_heads(
             scoring[label] = fitted
         reports.append(report)
         log.info("%s: %s", label, report)
+    for label in untrained:
+        if segmenter.head(label) is not None and time.perf_counter() < deadline:
+            desk = _Desk(segmenter, label, classes=tuple(counts), seed=seed)
+            told = [(segmenter.head(label), examples)]
+            if found := desk.scoring(told, [recalibrated_scoring], least_right=0):
+                scoring[label] = found[0]
     segmenter.save_heads(heads, out, {"seed": str(seed)}, scoring=scoring)
     tell(1.0, "done")
     return TrainingReport(
         tuple(reports),
-        tuple(label for label, count in counts.items() if not count),
+        untrained,
         len(examples),
         tuple(sorted({e.place for e in examples})) if folds else (),
         time.perf_counter() - begun,
@@ -272,12 +324,6 @@ def _part_of(tell: Callable[[float, str], None], label: str, number: int, count:
     return lambda share: tell((number + share) / count, f"training {label}")
 
 
-def _features(segmenter: Learner[Head], example: Example) -> Embedding:
-    if example.embedding is None or example.embedding.version != segmenter.base_version:
-        raise TrainingError(f"a tile of {example.place} has no features of {segmenter.base_version} to learn from")
-    return example.embedding
-
-
 def _folds(places: Sequence[str], seed: int) -> list[list[int]]:
     """Numbers of the tiles that are left out together, each tile once and each place as a whole; none if too few."""
     if len(places) < LEAST_TILES_TO_HOLD_OUT or len(set(places)) < _FOLDS:
@@ -290,58 +336,57 @@ def _folds(places: Sequence[str], seed: int) -> list[list[int]]:
 
 
 def _learned(
-    segmenter: Learner[Head],
-    label: str,
-    tiles: Sequence[_Tile],
+    desk: _Desk[Head],
+    examples: Sequence[Example],
     folds: Sequence[Sequence[int]],
     *,
     steps: int,
-    seed: int,
     deadline: float,
     tell: Callable[[float], None],
-) -> tuple[Head, Scoring | None, LabelReport]:
+) -> tuple[Any, Scoring | None, LabelReport]:
     """Head and scoring of a label, and how it went."""
-    shipped = segmenter.head(label)
-    objects = sum(len(tile.outlines) for tile in tiles)
-    parted = [([t for i, t in enumerate(tiles) if i not in set(fold)], [tiles[i] for i in fold]) for fold in folds]
-    if not all(any(tile.outlines for tile in learn) for learn, _ in parted):
+    label, seed = desk.label, desk.seed
+    shipped = desk.shipped_head()
+    objects = sum(len(_outlines(example, label)) for example in examples)
+    parted = [([i for i in range(len(examples)) if i not in set(fold)], [examples[i] for i in fold]) for fold in folds]
+    if not all(any(_outlines(examples[i], label) for i in learn) for learn, _ in parted):
         parted = []
     now = time.perf_counter()
-    start = shipped or _new_head(segmenter, seed)
+    start = shipped or _new_head(desk.segmenter, seed)
     rate = _RATE_FROM_NOTHING if shipped is None else _RATE_FROM_SHIPPED
+    windows = desk.windows(examples)
     runs = []
     for i, (learn, _) in enumerate(parted):
         tell(i / (len(parted) + 1))
         until = now + (deadline - now) * (i + 1) / (len(parted) + 1)
-        runs.append(_train(start, learn, steps, rate, seed=seed, deadline=until))
+        some = [window for number in learn for window in windows[number]]
+        runs.append(_train(start, some, steps, rate, seed=seed, deadline=until))
     tell(len(parted) / (len(parted) + 1))
-    chosen = _best_check(runs, [judge for _, judge in parted], has_start=shipped is not None, seed=seed)
-    last = _train(start, tiles, steps, rate, seed=seed, deadline=deadline, checks=chosen)[-1]
+    # A new class is learned to the end: half of a few tiles would have it stop long before all of them do.
+    chosen = desk.best_check(runs, [judge for _, judge in parted]) if shipped is not None else _CHECKS
+    every = [window for of_tile in windows for window in of_tile]
+    last = _train(start, every, steps, rate, seed=seed, deadline=deadline, checks=chosen)[-1]
+    del windows, every
     head, done = last.head, last.step
-    before = _iou([(shipped, tiles)]) if shipped is not None else None
     if not parted:
+        before = desk.ious([((shipped,), examples)])[0] if shipped is not None else None
         return head, None, LabelReport(label, objects, done, before, None)
     told = [(run[min(chosen, len(run) - 1)].head, judge) for run, (_, judge) in zip(runs, parted, strict=True)]
-    if shipped is not None and before is not None:
-        share = _best_share(shipped, told, before)
-        if not share:
-            return shipped, None, LabelReport(label, objects, 0, before, before)
-        head = _between(shipped, head, share)
-        told = [(_between(shipped, one, share), judge) for one, judge in told]
-    features, right = _judged_candidates(segmenter, label, told, seed)
-    fitted = None
-    if min(right.sum(), (~right).sum()) >= _LEAST_OF_EACH:
-        believed = instances.scoring_of(segmenter.scoring, label)
-        # What a shipped scoring learned on many places is worth more than what few tiles say, but for how sure it is.
-        fit = fitted_scoring if shipped is None else recalibrated_scoring
-        fitted = fit(features, right, believed=believed)
-    return head, fitted, LabelReport(label, objects, done, before, _iou(told), len(right) if fitted else 0)
-
-
-def _best_share(shipped: Head, told: Sequence[tuple[Head, Sequence[_Tile]]], before: float) -> float:
-    """How far to go from the shipped head to the trained one, for the best class map on left-out tiles."""
-    ious = {share: _iou([(_between(shipped, head, share), tiles) for head, tiles in told]) for share in _SHARES}
-    return max((iou, share) for share, iou in ({0.0: before} | ious).items() if iou is not None)[1]
+    if shipped is None:
+        before, after = None, desk.ious([((one,), judge) for one, judge in told])[0]
+    else:
+        between = [[shipped, *(_between(shipped, one, share) for share in _SHARES)] for one, _ in told]
+        ious = desk.ious([(heads, judge) for heads, (_, judge) in zip(between, told, strict=True)])
+        best = int(np.argmax(ious))
+        before, after = ious[0], ious[best]
+        if not best:
+            return desk.segmenter.head(label), None, LabelReport(label, objects, 0, before, before)
+        head = _between(shipped, head, _SHARES[best - 1])
+        told = [(heads[best], judge) for heads, (_, judge) in zip(between, told, strict=True)]
+    # What a shipped scoring learned on many places may be worth more than what few tiles say, but for how sure it is.
+    ways = [fitted_scoring] if shipped is None else [recalibrated_scoring, fitted_scoring]
+    scoring, count = desk.scoring(told, ways, least_right=_LEAST_OF_EACH) or (None, 0)
+    return head, scoring, LabelReport(label, objects, done, before, after, count)
 
 
 @torch.no_grad()
@@ -361,19 +406,25 @@ class _Snapshot(Generic[Head]):
     step: int
 
 
-def _tile(example: Example, embedding: Embedding, label: str) -> _Tile:
-    rows, columns = embedding.features["coarse"].shape[1:]
-    per_px = CELL_PX / cell_size_xy(embedding)  # the network may see the tile enlarged
-    outlines = tuple(sorted((p for name, p in example.regions if _same(name, label)), key=lambda p: -p.area))
-    numbers = _drawn(outlines, (rows * CELL_PX, columns * CELL_PX), per_px)
+def _outlines(example: Example, label: str) -> list[Polygon]:
+    """The tile's objects of a label, the largest first."""
+    return sorted((outline for name, outline in example.regions if _same(name, label)), key=lambda p: -p.area)
+
+
+def _tile(example: Example, read: Embedding, label: str) -> _Tile:
+    """What a head should say of a tile of which that was read."""
+    inputs = tuple(values for name, values in read.features.items() if name not in _NO_INPUTS)
+    rows, columns = (max(values.shape[axis] for values in inputs) for axis in (1, 2))
+    per_px = CELL_PX / cell_size_xy(read)  # the network may see the tile enlarged
+    numbers = _drawn(_outlines(example, label), (rows * CELL_PX // 2, columns * CELL_PX // 2), per_px)
     border = cv2.dilate(numbers, np.ones((3, 3))) != cv2.erode(numbers, np.ones((3, 3)))
     reach = np.ones((_BETWEEN_PX, _BETWEEN_PX))
     nearest = cv2.erode(np.where(numbers > 0, numbers, numbers.size).astype(np.float32), reach)
     emphasis = 1 + (_BETWEEN_WEIGHT - 1) * _halved(cv2.dilate(numbers, reach) > nearest)
-    width, height = (round(n) for n in embedding.image_hw[::-1] * per_px)
+    width, height = (round(n) for n in read.image_hw[::-1] * per_px)
     emphasis[height // 2 :] = emphasis[:, width // 2 :] = 0
     target = np.stack([_halved(numbers > 0), np.minimum(1, 1.5 * _halved(border))])
-    return _Tile(embedding, target, emphasis, example.weight, outlines)
+    return _Tile(inputs, target, emphasis, example.weight)
 
 
 def _drawn(
@@ -398,13 +449,14 @@ def _new_head(segmenter: Learner[Head], seed: int) -> Head:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = segmenter.new_head()
-    torch.nn.init.constant_(head.get_submodule("out").get_parameter("bias"), -2.0)  # most ground is of no object
+    (last,) = (module for name, module in head.named_modules() if name.split(".")[-1] == "out")
+    torch.nn.init.constant_(last.get_parameter("bias"), -2.0)  # most ground is of no object
     return head
 
 
 def _train(
     start: Head,
-    learn: Sequence[_Tile],
+    windows: Sequence[_Tile],
     steps: int,
     rate: float,
     *,
@@ -415,13 +467,21 @@ def _train(
     """The head before training, and at each of so many checks; fewer where time ends."""
     rng = np.random.default_rng(seed)
     head, average = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
-    optimizer = torch.optim.AdamW(head.parameters(), rate, weight_decay=1e-3)
+    is_known = {name: name.startswith("pyramid.") for name, _ in head.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in head.named_parameters() if is_known[name] == flag], "most": most}
+            for flag, most in ((False, rate), (True, min(rate, _RATE_FROM_SHIPPED)))
+            if flag in is_known.values()
+        ],
+        weight_decay=1e-3,
+    )
     taken = [_snapshot(average, 0)]
     for step in range(1, steps * checks // _CHECKS + 1):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, step / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-        coarse, fine, target, weight = _windows(learn, rng)
-        loss = _loss(head(coarse, fine), target, weight)
+            group["lr"] = group["most"] * min(1, step / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+        inputs, target, weight = _batch(windows, rng)
+        loss = _loss(head(*inputs), target, weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -440,49 +500,16 @@ def _snapshot(head: Head, step: int) -> _Snapshot[Head]:
     return _Snapshot(copy.deepcopy(head).requires_grad_(False).eval(), step)
 
 
-def _best_check(
-    runs: Sequence[Sequence[_Snapshot[Head]]], judged: Sequence[Sequence[_Tile]], *, has_start: bool, seed: int
-) -> int:
-    """Number of the check at which heads do best on the tiles that they have not learned from; the last without any."""
-    if not runs:
-        return _CHECKS
-    rng = np.random.default_rng(seed)
-    losses = np.full((len(runs), _CHECKS + 1), np.inf)
-    for losses_of_run, run, tiles in zip(losses, runs, judged, strict=True):
-        some = [tiles[i] for i in sorted(rng.permutation(len(tiles))[: max(1, _MOST_CHECKED // len(runs))])]
-        for check, snapshot in enumerate(run):
-            if check or has_start:
-                losses_of_run[check] = _loss_on(snapshot.head, some)
-    return int(losses.mean(0).argmin())
-
-
-def _windows(tiles: Sequence[_Tile], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, targets and weights of a few windows, two thirds of them round an object, turned and mirrored."""
-    odds = np.array([t.weight * np.count_nonzero(t.emphasis) for t in tiles])
-    side = min(_WINDOW_CELLS, *(min(t.embedding.features["coarse"].shape[1:]) for t in tiles))
-    picked: list[list[NDArray[np.float32]]] = [[], [], [], []]
-    for _ in range(_WINDOWS_A_STEP):
-        tile = tiles[int(rng.choice(len(tiles), p=odds / odds.sum()))]
-        features = tile.embedding.features
-        last = np.array(features["coarse"].shape[1:]) - side
-        top, left = (int(n) for n in rng.integers(0, last + 1))
-        rows, columns = np.nonzero(tile.target[0] > 0.5)
-        if len(rows) and rng.random() < 2 / 3:
-            i = int(rng.integers(len(rows)))
-            at = np.array([rows[i], columns[i]]) // 2 - rng.integers(0, side, 2)
-            top, left = (int(n) for n in np.clip(at, 0, last))
-        turns, mirrored = int(rng.integers(4)), bool(rng.random() < 0.5)
-        for values, each, kept in (
-            (features["coarse"], 1, picked[0]),
-            (features["fine"], 2, picked[1]),
-            (tile.target, 2, picked[2]),
-            (tile.emphasis[None], 2, picked[3]),
-        ):
-            part = values[:, top * each : (top + side) * each, left * each : (left + side) * each].astype(np.float32)
-            part = np.rot90(part[:, :, ::-1] if mirrored else part, turns, (1, 2))
-            kept.append(np.ascontiguousarray(part))
-    coarse, fine, target, weight = (torch.from_numpy(np.stack(parts)) for parts in picked)
-    return coarse, fine, target, weight
+def _batch(windows: Sequence[_Tile], rng: np.random.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Inputs, targets and weights of a few windows, turned and mirrored."""
+    picked: list[list[NDArray[np.float32]]] = []
+    for number in rng.integers(0, len(windows), _WINDOWS_A_STEP):
+        window, turns, mirrored = windows[number], int(rng.integers(4)), bool(rng.random() < 0.5)
+        arrays = (*window.inputs, window.target, window.emphasis[None])
+        turned = (np.rot90(a[:, :, ::-1] if mirrored else a, turns, (1, 2)) for a in arrays)
+        picked.append([np.ascontiguousarray(a, np.float32) for a in turned])
+    *inputs, target, weight = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*picked, strict=True))
+    return inputs, target, weight
 
 
 def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -495,12 +522,169 @@ def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (entropy + 0.5 * dice).sum()
 
 
+# --- What is read of the tiles ----------------------------------------------------------------------------------------
+
+_NO_INPUTS = ("rgb", "scale_xy")
+"""Features that a head does not read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Desk(Generic[Head]):
+    """A label's training: tiles are read when they are needed, so that memory does not grow with their number."""
+
+    segmenter: Learner[Head]
+    label: str
+    classes: Collection[str]
+    """All labels in question; they decide how large the network sees a tile."""
+
+    seed: int
+
+    def shipped_head(self) -> Head | None:
+        if isinstance(self.segmenter, Deep):
+            return cast("Head | None", self.segmenter.trainable_head(self.label))
+        return self.segmenter.head(self.label)
+
+    def read(self, example: Example, rng: np.random.Generator | None = None) -> _Tile:
+        """A tile as it is, or with ``rng`` in another light."""
+        if not isinstance(self.segmenter, Deep):
+            if example.embedding is None or example.embedding.version != self.segmenter.base_version:
+                version = self.segmenter.base_version
+                raise TrainingError(f"a tile of {example.place} has no features of {version} to learn from")
+            return _tile(example, example.embedding, self.label)
+        image, scale = self._image(example)
+        most_px = int(_MOST_READ_PX / scale)
+        if max(image.shape[:2]) > most_px:
+            example, image = _some_of(example, image, most_px, rng or np.random.default_rng(self.seed))
+        if rng is not None:
+            image = _relit(image, rng)
+        return _tile(example, self.segmenter.inner(image, scale=scale), self.label)
+
+    def _image(self, example: Example) -> tuple[NDArray[np.uint8], float]:
+        assert isinstance(self.segmenter, Deep)
+        if example.image_rgb is None:
+            raise TrainingError(f"a tile of {example.place} has no image to learn from")
+        rows, columns = example.image_rgb.shape[:2]
+        return example.image_rgb, self.segmenter.working_scale((rows, columns), example.gsd_m, self.classes)
+
+    def windows(self, examples: Sequence[Example]) -> list[list[_Tile]]:
+        """Of each tile, windows to learn from, two thirds of them round an object; more of larger, weightier tiles."""
+        rng = np.random.default_rng(self.seed)
+        found: list[list[_Tile]] = [[] for _ in examples]
+        chosen = sorted(rng.permutation(len(examples))[:_MOST_WINDOWS].tolist())
+        each = max(1, _MOST_WINDOWS // len(chosen))
+        looks = min(_MOST_LOOKS, math.ceil(each / _WINDOWS_A_LOOK)) if isinstance(self.segmenter, Deep) else 1
+        total = sum(examples[i].weight for i in chosen)
+        for i in chosen:
+            count = max(1, round(_MOST_WINDOWS * examples[i].weight / total))
+            for look in range(min(looks, count)):
+                tile = self.read(examples[i], rng if look else None)
+                found[i] += _windows_of(tile, len(range(look, count, looks)), rng)
+        side = min(len(window.emphasis) for of_tile in found for window in of_tile)
+        return [[window.part(0, 0, side) for window in of_tile] for of_tile in found]
+
+    def best_check(self, runs: Sequence[Sequence[_Snapshot[Head]]], judged: Sequence[Sequence[Example]]) -> int:
+        """Number of the check at which heads do best on tiles that they have not learned from; the last without any."""
+        if not runs:
+            return _CHECKS
+        rng = np.random.default_rng(self.seed)
+        losses = np.full((len(runs), _CHECKS + 1), np.inf)
+        for losses_of_run, run, examples in zip(losses, runs, judged, strict=True):
+            some = sorted(rng.permutation(len(examples))[: max(1, _MOST_CHECKED // len(runs))].tolist())
+            tiles = [self.read(examples[i]) for i in some]
+            for check, snapshot in enumerate(run):
+                losses_of_run[check] = _loss_on(snapshot.head, tiles)
+        return int(losses.mean(0).argmin())
+
+    def ious(self, judged: Sequence[tuple[Sequence[nn.Module], Sequence[Example]]]) -> list[float]:
+        """IoU of class maps at one half, of the first heads, the second, …, each over all tiles together."""
+        common = np.zeros((max(len(heads) for heads, _ in judged), 2))
+        for heads, examples in judged:
+            for example in self._some(examples, len(judged)):
+                tile = self.read(example)
+                seen = tile.emphasis > 0
+                truth = (tile.target[0] > 0.5) & seen
+                for counts, head in zip(common, heads, strict=True):
+                    found = (_logits(head, tile)[0, 0].numpy() > 0) & seen
+                    counts += (found & truth).sum(), (found | truth).sum()
+        return [float(both / max(either, 1)) for both, either in common]
+
+    def _some(self, examples: Sequence[Example], parts: int) -> list[Example]:
+        order = np.random.default_rng(self.seed).permutation(len(examples))[: max(1, _MOST_SCORED // parts)]
+        return [examples[i] for i in sorted(order.tolist())]
+
+    def scoring(
+        self, told: Sequence[tuple[Any, Sequence[Example]]], ways: Sequence[_Fit], *, least_right: int
+    ) -> tuple[Scoring, int] | None:
+        """Scoring of heads by candidates on tiles that they have not learned from, and how many there were.
+
+        None where there are too few.
+        """
+        found = []
+        for head, examples in told:
+            model = self.segmenter.with_only({self.label: head})
+            found += [self._candidates(model, example) for example in self._some(examples, len(told))]
+        features, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        if right.sum() < least_right or (~right).sum() < _LEAST_OF_EACH:
+            return None
+        believed = instances.scoring_of(self.segmenter.scoring, self.label)
+        return _likeliest(ways, found, believed)(features, right, believed=believed), len(right)
+
+    def _candidates(self, model: Learner[Any], example: Example) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Features of all candidates on a tile, (N, K), and whether each lies on an object as it should, (N,)."""
+        embedding = example.embedding
+        if isinstance(model, Deep):
+            image, scale = self._image(example)
+            embedding = model.embed(image, scale=scale)
+        assert embedding is not None
+        found = instances.candidates_of(model.dense(embedding), self.label, min_area_px=_LEAST_CANDIDATE_PX)
+        used = found.areas_px >= _LEAST_CANDIDATE_PX
+        used[0] = False
+        drawn = _drawn(_outlines(example, self.label), embedding.image_hw).astype(np.int32)
+        return found.features[used], found.ious(drawn)[used] >= _RIGHT_IOU
+
+
+def _windows_of(tile: _Tile, count: int, rng: np.random.Generator) -> list[_Tile]:
+    """Squares of a tile, two thirds of them round an object."""
+    stride = 2 * _WINDOW_STRIDE_CELLS
+    side = min(2 * _WINDOW_CELLS, *(n // stride * stride for n in tile.emphasis.shape))
+    last = np.array(tile.emphasis.shape) - side
+    rows, columns = np.nonzero(tile.target[0] > 0.5)
+    found = []
+    for _ in range(count):
+        at = rng.integers(0, last + 1)
+        if len(rows) and rng.random() < 2 / 3:
+            i = int(rng.integers(len(rows)))
+            at = np.clip(np.array([rows[i], columns[i]]) - rng.integers(0, side, 2), 0, last)
+        top, left = (int(n) // stride * stride for n in at)
+        found.append(tile.part(top, left, side))
+    return found
+
+
+def _relit(image_rgb: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The same ground in another light."""
+    gain = rng.uniform(1 - _CONTRAST, 1 + _CONTRAST) * rng.uniform(1 - _TINT, 1 + _TINT, 3)
+    changed = (image_rgb - 128.0) * gain + 128 + rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
+    return np.clip(changed, 0, 255).astype(np.uint8)
+
+
+def _some_of(
+    example: Example, image_rgb: NDArray[np.uint8], most_px: int, rng: np.random.Generator
+) -> tuple[Example, NDArray[np.uint8]]:
+    """A part of a large tile, round one of its objects if it has any."""
+    rows, columns = image_rgb.shape[:2]
+    last_xy = np.maximum(np.array([columns, rows]) - most_px, 0)
+    corner_xy = rng.integers(0, last_xy + 1)
+    if example.regions:
+        _, outline = example.regions[int(rng.integers(len(example.regions)))]
+        corner_xy = np.clip(np.array(outline.centroid.coords[0]) - most_px / 2, 0, last_xy).astype(int)
+    left, top = (int(n) for n in corner_xy)
+    moved = [(name, shapely.transform(outline, lambda xy: xy - corner_xy)) for name, outline in example.regions]
+    return replace(example, regions=moved), image_rgb[top : top + most_px, left : left + most_px]
+
+
 @torch.inference_mode()
 def _logits(head: nn.Module, tile: _Tile) -> Tensor:
-    coarse, fine = (
-        torch.from_numpy(tile.embedding.features[name].astype(np.float32))[None] for name in ("coarse", "fine")
-    )
-    logits: Tensor = head(coarse, fine)
+    logits: Tensor = head(*(torch.from_numpy(values.astype(np.float32))[None] for values in tile.inputs))
     return logits
 
 
@@ -513,45 +697,34 @@ def _loss_on(head: nn.Module, tiles: Sequence[_Tile]) -> float:
     return float(np.average(losses, weights=[t.weight for t in tiles]))
 
 
-def _iou(judged: Sequence[tuple[nn.Module, Sequence[_Tile]]]) -> float | None:
-    """IoU of class maps at one half, over all tiles of all heads together; None without tiles or objects on them."""
-    inter = union = 0
-    for head, tiles in judged:
-        for tile in tiles:
-            found = (_logits(head, tile)[0, 0].numpy() > 0) & (tile.emphasis > 0)
-            truth = (tile.target[0] > 0.5) & (tile.emphasis > 0)
-            inter += int((found & truth).sum())
-            union += int((found | truth).sum())
-    return inter / union if union else None
-
-
 # --- How likely a candidate is an object ------------------------------------------------------------------------------
 
 
-def _judged_candidates(
-    segmenter: Learner[Head], label: str, judged: Sequence[tuple[Head, Sequence[_Tile]]], seed: int
-) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Features of all candidates on some tiles, (N, 14), and whether each lies on an object as it should, (N,)."""
-    pairs = [(head, tile) for head, tiles in judged for tile in tiles]
-    features, right = [np.zeros((0, len(instances.FEATURES)))], [np.zeros(0, bool)]
-    for i in sorted(np.random.default_rng(seed).permutation(len(pairs))[:_MOST_SCORED]):
-        head, tile = pairs[i]
-        dense = segmenter.with_only({label: head}).dense(tile.embedding)
-        found = instances.candidates(
-            dense.probabilities[0].astype(np.float64), dense.boundary[0].astype(np.float64),
-            min_area_px=_LEAST_CANDIDATE_PX,
-        )  # fmt: skip
-        used = found.areas_px >= _LEAST_CANDIDATE_PX
-        used[0] = False
-        features.append(found.features[used])
-        right.append(found.ious(_drawn(tile.outlines, tile.embedding.image_hw).astype(np.int32))[used] >= _RIGHT_IOU)
-    return np.concatenate(features), np.concatenate(right)
+class _Fit(Protocol):
+    """A way from candidates to a scoring."""
+
+    def __call__(self, features: FloatArray, right: NDArray[np.bool_], *, believed: Scoring) -> Scoring: ...
+
+
+def _likeliest(ways: Sequence[_Fit], found: Sequence[tuple[FloatArray, NDArray[np.bool_]]], believed: Scoring) -> _Fit:
+    """The way that tells best on half of the tiles what is right, having seen the other half."""
+    if len(ways) == 1 or len(found) < 2:
+        return ways[0]
+    halves = [tuple(np.concatenate(parts) for parts in zip(*found[i::2], strict=True)) for i in (0, 1)]
+    losses = []
+    for fit in ways:
+        loss = 0.0
+        for (features, right), (others, truth) in (halves, halves[::-1]):
+            chances = np.clip(instances.scored(others, fit(features, right, believed=believed)), 1e-4, 1 - 1e-4)
+            loss -= float((truth * np.log(chances) + ~truth * np.log(1 - chances)).sum())
+        losses.append(loss)
+    return ways[int(np.argmin(losses))]
 
 
 def fitted_scoring(features: FloatArray, right: NDArray[np.bool_], *, believed: Scoring) -> Scoring:
     """Factors of a logistic model that tells right candidates from wrong ones.
 
-    Features are (N, 14), right is (N,). The fewer candidates, the nearer the factors stay to those ``believed``.
+    Features are (N, K), right is (N,). The fewer candidates, the nearer the factors stay to those ``believed``.
     """
     mean, spread = features.mean(0), features.std(0) + 1e-6
     x = np.column_stack(((features - mean) / spread, np.ones(len(right))))

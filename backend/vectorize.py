@@ -42,6 +42,12 @@ _LEVEL_GAP = 2 * GRID_PX
 _AREA_SLACK = 0.005
 _COARSEST = 16
 _LEAST_IOU = 0.8
+_MAX_LOOPS = 1_000
+"""Loops of one outline are compared with each other; no object has so many holes."""
+
+_MAX_CROSSING_POINTS = 5_000
+"""An outline that crosses itself is mended in a time that grows with the square of its points."""
+
 _MAX_HEAL_POINTS = 2000
 
 
@@ -663,7 +669,13 @@ def unbridge(ring_px: FloatArray, *, heal_tolerance_px: float = 1.0) -> tuple[li
     loops = [loop for loop in loops if len(loop) >= 3]
     if not loops:
         return [], [*reasons, "the outline walks there and back and encloses nothing; left out"]
+    if len(loops) > _MAX_LOOPS:
+        return [], [*reasons, f"self-crossing outline of {len(loops)} loops, more than {_MAX_LOOPS}; left out"]
     found = _nested(loops)
+    if found is None and (count := sum(map(len, loops))) > _MAX_CROSSING_POINTS:
+        return [], [
+            *reasons, f"self-crossing outline of {count} points, more than the {_MAX_CROSSING_POINTS} mended; left out"
+        ]  # fmt: skip
     if found is None:
         found = _overlaid(loops, reasons)
     if not found:

@@ -6,6 +6,7 @@ server answers is judged as it is served. Only HTTP and the fetching of images o
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -56,6 +57,25 @@ CONFIG = """<View><Image name="image" value="$image"/>
 <PolygonLabels name="polygon" toName="image" model_score_threshold="{least}">{labels}</PolygonLabels>
 <KeyPointLabels name="point" toName="image" smart="true">{labels}</KeyPointLabels>
 <RectangleLabels name="box" toName="image" smart="true">{labels}</RectangleLabels></View>"""
+
+
+def parser(doc: str, *, limit: int, limited: str) -> argparse.ArgumentParser:
+    """What the benchmarks of quality are asked alike: which tiles, how many, what label, which weights."""
+    asked = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("data", type=Path, nargs="?")
+    asked.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
+    asked.add_argument("--label", default="building")
+    asked.add_argument("--limit", type=int, default=limit, help=limited)
+    asked.add_argument("--weights", type=Path, help="another weights file than the shipped one")
+    return asked
+
+
+def add_figures(asked: argparse.ArgumentParser) -> None:
+    """What those are asked that write figures of pre-labels."""
+    asked.add_argument(
+        "--min-score", type=float, help="least score of a pre-label; as the environment says if not given"
+    )
+    asked.add_argument("--json", type=Path, metavar="OUT", help="write everything that is measured")
 
 
 # --- Labelled tiles ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ Writes ``failures.jpg``, the tiles with the worst pre-labels and the objects tha
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,13 +40,8 @@ FATE_COLOURS: Mapping[str, Colour] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
-    parser.add_argument("--label", default="building")
-    parser.add_argument("--limit", type=int, default=16, help="tiles whose pre-labels are judged")
+    parser = judging.parser(__doc__, limit=16, limited="tiles whose pre-labels are judged")
     parser.add_argument("--objects", type=int, default=60, help="objects that are clicked")
-    parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
     parser.add_argument("--out", type=Path, default=judging.REPOSITORY / "model_weights")
     arguments = parser.parse_args()
     if arguments.data is None:

@@ -19,7 +19,6 @@ truth: the first at the object's deepest point, each further one at the deepest 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,18 +78,10 @@ class Worked:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
-    parser.add_argument("--label", default="building")
-    parser.add_argument("--limit", type=int, default=16, help="tiles")
+    parser = judging.parser(__doc__, limit=16, limited="tiles")
+    judging.add_figures(parser)
     parser.add_argument("--most-clicks", type=int, default=5, help="clicks on one object before it is given up")
     parser.add_argument("--iou", type=float, default=0.85, help="the IoU that every object shall reach")
-    parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
-    parser.add_argument(
-        "--min-score", type=float, help="least score of a pre-label; as the environment says if not given"
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything that is measured")
     arguments = parser.parse_args()
     if arguments.data is None:
         print("effort: not measured; it needs a folder of labelled tiles (see --help)")

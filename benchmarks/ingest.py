@@ -11,20 +11,23 @@ out (measured on a scene of one tile). gdal2tiles writes PNG; we write JPEG (the
 Debian's: ``apt-get install gdal-bin python3-gdal``; without it only ours is timed.
 
 Memory: tiled GeoTIFFs of three bands with overviews, an eighth of their blocks filled with noise, the others sparse;
-peak resident size of the process that cuts all of their tiles.
+peak memory of all processes together that cut their tiles, and of one that makes 400 of them on demand in 8 threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +50,8 @@ def run(command: Sequence[str], folder: Path) -> Ran:
     begun = time.perf_counter()
     with (folder / "output.txt").open("w+b") as output:
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        peaks_mb: list[float] = [0.0]
+        threading.Thread(target=watch, args=(child.pid, peaks_mb), daemon=True).start()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         wall_s = time.perf_counter() - begun
@@ -54,7 +59,21 @@ def run(command: Sequence[str], folder: Path) -> Ran:
             output.seek(0)
             raise SystemExit(f"{command[0]} ended with {child.returncode}: {output.read().decode()[-2000:]}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return Ran(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale / 2**20)
+    return Ran(wall_s, usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss * scale / 2**20, *peaks_mb))
+
+
+def watch(pid: int, peaks_mb: list[float]) -> None:
+    """Write down the memory of a process and all that it started together, shared pages counted once (Linux)."""
+    while Path(f"/proc/{pid}").exists():
+        total_kb, left = 0, [pid]
+        while left:
+            one = left.pop()
+            with contextlib.suppress(OSError):
+                found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.MULTILINE)
+                total_kb += int(found[1]) if found else 0
+                left += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+        peaks_mb.append(total_kb / 1024)
+        time.sleep(0.2)
 
 
 def python(code: str, folder: Path) -> None:
@@ -152,10 +171,30 @@ with rasterio.Env(GDAL_CACHEMAX=128 * 2**20, SPARSE_OK_OVERVIEW="YES"):
 """
 
 
+MAKE_ON_DEMAND = """
+import random, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from backend.ingest import ingest
+from backend.tiles import SceneTiles
+ingest(["large.tif"], Path("asked"), tiles_url="http://h/tiles", is_dynamic=True)
+made = SceneTiles(Path("asked/scenes"))
+count = -(-({side} - 512) // 448) + 1
+names = [f"r{{random.randrange(count):04d}}_c{{random.randrange(count):04d}}.jpg" for _ in range(400)]
+begun = time.perf_counter()
+with ThreadPoolExecutor(8) as pool:
+    assert all(pool.map(lambda name: made.image("large", name), names))
+Path("seconds.txt").write_text(str(time.perf_counter() - begun))
+"""
+
+
 def memory(folder: Path, gigapixels: Sequence[float], workers: int) -> None:
     for size in gigapixels:
         side = round(math.sqrt(size * 1e9))
         python(MAKE_LARGE.format(side=side), folder)
+        asked = run((sys.executable, "-c", MAKE_ON_DEMAND.format(side=side)), folder)
+        rate = 400 / float((folder / "seconds.txt").read_text())
+        print(f"{size:5g} Gpx on demand: {rate:5.1f} tiles/s, peak {asked.peak_mb:5.0f} MB", flush=True)
         ran = cut(folder / "large.tif", folder, "native", "jpg", workers)
         tiles = sum(1 for _ in (folder / "ours/tiles/large").iterdir())
         rate = side**2 / 1e6 / ran.wall_s

@@ -47,21 +47,13 @@ LEAST_SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
+    parser = judging.parser(__doc__, limit=100, limited="objects (clicks, boxes) or tiles (auto)")
+    judging.add_figures(parser)
     parser.add_argument("--held-out", type=Path, metavar="DIR", help="judge what training held out of these folders")
     parser.add_argument("--side", type=int, default=1024, help="with --held-out: largest side of a tile, in pixels")
-    parser.add_argument("--match", nargs="+", default=[""], help="only images whose name starts with one of these")
     parser.add_argument("--mode", nargs="+", default=["clicks", "boxes", "auto"], choices=["clicks", "boxes", "auto"])
-    parser.add_argument("--label", default="building")
-    parser.add_argument("--limit", type=int, default=100, help="objects (clicks, boxes) or tiles (auto)")
     parser.add_argument("--max-clicks", type=int, default=20)
-    parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
-    parser.add_argument(
-        "--min-score", type=float, help="least score of a pre-label; as the environment says if not given"
-    )
     parser.add_argument("--all-scores", action="store_true", help="F1 by least score of a pre-label, and all scores")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything that is measured")
     parser.add_argument("--baseline", choices=["grabcut"])
     arguments = parser.parse_args()
     if arguments.data is None and arguments.held_out is None:

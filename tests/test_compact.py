@@ -395,3 +395,53 @@ def test_the_shipped_weights_bring_a_scoring_for_each_class_and_for_all_others()
     dense = shipped.dense(shipped.embed(np.zeros((64, 64, 3), np.uint8)))
     assert set(dense.scoring) == {*shipped.labels, ANY_LABEL}
     assert {len(factors) for factors in dense.scoring.values()} == {len(FEATURES) + 1}
+    assert dense.evidence is not None
+    assert all(np.abs(of_class).max() > 0 for of_class in dense.evidence)
+
+
+def test_evidence_is_what_the_weights_say_of_features_and_classes_without_have_none(tmp_path: Path, weights: Path):
+    net = CompactNet(["building", "road"])
+    net.load_state_dict({name: v.float() for name, v in safetensors.torch.load(weights.read_bytes()).items()})
+    weighed = np.random.default_rng(1).normal(0, 0.1, (2, compact.COARSE + compact.FINE))
+    path = tmp_path / "told.safetensors"
+    save_weights(net, path, {"evidence": json.dumps({"Building": weighed.tolist()})})
+    segmenter = CompactSegmenter.load(path)
+    embedding = segmenter.embed(image(64, 96, 3))
+    evidence = segmenter.dense(embedding).evidence
+    assert evidence is not None
+    assert evidence.shape == (2, 2, 64, 96)
+    assert not evidence[1].any()
+    # Four pixels round the corner of a half-cell, and four half-cells round the corner of a cell, lie evenly about it.
+    coarse, fine = (embedding.features[name].astype(np.float64) for name in ("coarse", "fine"))
+    cells = np.tensordot(weighed[:, : compact.COARSE], coarse[:, 5:7, 8:10].mean((1, 2)), 1)
+    halves = np.tensordot(weighed[:, compact.COARSE :], fine[:, 11:13, 17:19].mean((1, 2)), 1)
+    assert evidence[0, :, 23:25, 35:37].mean((1, 2)) == pytest.approx(cells + halves, abs=1e-3)
+    assert segmenter.dense(embedding, window_xyxy=(10, 10, 40, 40)).evidence is None
+    assert CompactSegmenter.load(weights).dense(embedding_of(weights)).evidence is None
+
+
+def embedding_of(weights: Path) -> Embedding:
+    return CompactSegmenter.load(weights).embed(image(64, 96, 3))
+
+
+@pytest.mark.parametrize("evidence", ["{", '{"building": [[1, 2]]}', '{"building": "x"}', "[1]"])
+def test_evidence_that_fits_no_features_is_refused(tmp_path: Path, evidence: str):
+    path = tmp_path / "bad.safetensors"
+    save_weights(CompactNet(["building"]), path, {"evidence": evidence})
+    with pytest.raises(BadWeights, match="evidence"):
+        CompactSegmenter.load(path)
+
+
+def test_a_scoring_from_before_there_was_evidence_still_counts(tmp_path: Path):
+    old = [float(n) for n in range(len(FEATURES) - 1)]
+    path = tmp_path / "old.safetensors"
+    save_weights(CompactNet(["building"]), path, {"scoring": json.dumps({"building": old})})
+    assert CompactSegmenter.load(path).scoring["building"] == (*old[:-1], 0.0, 0.0, old[-1])
+
+
+def test_a_mirror_image_is_seen_as_if_it_were_the_image(segmenter: CompactSegmenter):
+    picture = image(64, 96, 8)
+    mirrored = segmenter.dense_mirrored(np.ascontiguousarray(picture[:, ::-1]))
+    dense = segmenter.dense(segmenter.embed(picture))
+    assert np.array_equal(mirrored.probabilities, dense.probabilities)
+    assert np.array_equal(dense.mean_with_mirrored(mirrored).boundary, (dense.boundary + dense.boundary[..., ::-1]) / 2)

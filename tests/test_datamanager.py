@@ -183,7 +183,7 @@ def test_every_tile_that_was_looked_at_has_a_score_and_none_that_was_not(tmp_pat
     try:
         tasks = [{"id": n, "data": {"image": f"/data/local-files/?d={name}.png"}} for n, name in enumerate(tiles)]
         scores = {
-            name: [found and found.get("score") for _, found in running.predict_tasks(tasks, config)]
+            name: [found and found.get("score") for _, found in running.predict_tasks(enumerate(tasks), config)]
             for name, config in (("known", CONFIG), ("unknown", CONFIG.replace('"building"', '"moon base"')))
         }
     finally:

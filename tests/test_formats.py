@@ -250,7 +250,7 @@ def test_a_geopackage_has_points_in_a_layer_of_their_own(planted: Path) -> None:
     with contextlib.closing(sqlite3.connect(planted / "town.gpkg")) as database:
         styled = [name for (name,) in database.execute("SELECT f_table_name FROM layer_styles")]
     assert styled == ["town", FINDINGS_LAYER, "town_points"]
-    assert not len(read_edits(planted / "town.gpkg")), "points are nothing that was edited"
+    assert not len(read_edits(planted / "town.gpkg"))
 
 
 def test_points_without_outlines_are_an_export(tmp_path: Path) -> None:
@@ -550,6 +550,35 @@ def test_a_geopackage_edited_on_the_desktop_is_taken_back_by_id(tmp_path: Path) 
     # What was exported with edits can be edited again.
     export(town(), tmp_path / "again.gpkg", label_config=CONFIG, edits=edits)
     assert len(read_edits(tmp_path / "again.gpkg")) == 0
+
+
+def test_points_edited_on_the_desktop_are_taken_back(tmp_path: Path) -> None:
+    path, out = tmp_path / "town.gpkg", tmp_path / "out.geojson"
+    export(trees(), path, label_config=TREE_CONFIG)
+    moved, gone, copied = sorted(i for i, row in rows_of(path).items() if row["label"] == "tree")
+    place, new, copy = (blob_of(shapely.Point(lon, 27.6)) for lon in (85.1, 85.2, 85.3))
+    edited(
+        path,
+        ("UPDATE town_points SET geom = ? WHERE id = ?", (place, moved)),
+        ("DELETE FROM town_points WHERE id = ?", (gone,)),
+        ("INSERT INTO town_points (label, geom) VALUES ('bush', ?)", (new,)),
+        ("INSERT INTO town_points (id, label, geom) VALUES (?, 'tree', ?)", (copied, copy)),
+    )
+    edits = read_edits(path)
+    assert (set(edits.changed), edits.deleted, len(edits.added)) == ({moved}, {gone}, 2)
+    export(trees(), out, label_config=TREE_CONFIG, edits=edits)
+    rows, places = rows_of(out), {f["properties"]["id"]: f["geometry"]["coordinates"] for f in features_of(out)}
+    assert places[moved] == [85.1, 27.6]
+    assert sorted(row["label"] for i, row in rows.items() if row["area_m2"] is None) == ["bush", "tree", "tree", "tree"]
+    assert rows[copied]["edited"] is None
+    # Where the file has no place for points, an edit of one is no edit that was lost.
+    report = export(trees(), tmp_path / "a.shp", label_config=TREE_CONFIG, edits=edits)
+    assert report.dropped["point, for which a Shapefile of outlines has no place"] == 5 + 2
+    assert not any("no longer there" in reason for reason in report.dropped)
+    # A file of an earlier release does not say what points it had.
+    edited(path, (f"ALTER TABLE {EXPORTED_TABLE} DROP COLUMN layer", ()))
+    edited(path, (f"DELETE FROM {EXPORTED_TABLE} WHERE id IN (?, ?, ?)", (moved, gone, copied)))
+    assert len(read_edits(path)) == 0
 
 
 def test_a_feature_split_on_the_desktop_keeps_its_id_once(tmp_path: Path) -> None:

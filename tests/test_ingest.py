@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from rasterio.windows import Window
 
-from backend.errors import BadScene
+from backend.annotations import tasks_in
+from backend.errors import BackendError, BadScene
+from backend.export import ExportOptions, export
 from backend.ingest import IngestOptions, IngestReport, ingest, plan
 from backend.sources import scene_names
 from backend.stretch import Stretch
@@ -349,7 +352,7 @@ def test_the_web_mercator_grid_shows_the_same_ground(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        ({"crs": None}, r"a\.tif has no CRS; set one with gdal_edit\.py -a_srs EPSG:… a\.tif"),
+        ({"crs": None}, r"a\.tif has no CRS; say which with --crs EPSG:…"),
         ({"transform": None}, "has a CRS but no geotransform"),
         ({"transform": None, "crs": None}, "has no CRS"),
     ],
@@ -375,3 +378,98 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     scene.write_bytes(scene.read_bytes()[: scene.stat().st_size // 2])
     with pytest.raises(BadScene, match=r"cannot be (read|opened)"):
         run(scene, tmp_path)
+
+
+def test_a_border_of_one_value_does_not_take_the_stretch(tmp_path: Path) -> None:
+    values = np.zeros((1, 600, 600), np.uint16)
+    values[0, 300:340, 300:340] = np.linspace(1000, 3000, 1600).reshape(40, 40)
+    _, tasks = run(write(tmp_path / "a.tif", values), tmp_path)
+    stretch = tasks[0]["data"]["tile"]["stretch"]
+    assert stretch["low"][0] == pytest.approx(1040, abs=2)
+    assert stretch["high"][0] == pytest.approx(2960, abs=2)
+
+
+def test_a_float_tile_of_nothing_but_nan_is_left_out_also_where_others_are_kept(tmp_path: Path) -> None:
+    values = picture().astype(np.float32)
+    values[:, :, 60:] = np.nan
+    scene = write(tmp_path / "a.tif", values)
+    first, tasks = run(scene, tmp_path)
+    again, same = run(scene, tmp_path)
+    assert (first.tiles, first.empty, again.kept, again.empty) == (4, 2, 4, 2)
+    assert tasks == same
+
+
+# Places that the file does not say
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("grid", ["native", "webmercator"])
+def test_a_world_file_and_a_crs_place_a_photo(tmp_path: Path, grid: str) -> None:
+    placed = write(tmp_path / "placed.tif", picture())
+    photo = write(tmp_path / "photo.tif", picture(), crs=None, transform=None)
+    (tmp_path / "photo.tfw").write_text("0.5\n0\n0\n-0.5\n354000.25\n3056999.75\n")
+    _, wanted = run(placed, tmp_path / "placed", IngestOptions(64, 16, grid=grid))
+    with pytest.raises(BadScene, match=r"photo\.tif has no CRS; say which with --crs"):
+        run(photo, tmp_path / "photo", IngestOptions(64, 16, grid=grid))
+    _, found = run(photo, tmp_path / "photo", IngestOptions(64, 16, grid=grid, crs="EPSG:32645"))
+    for one, other in zip(wanted, found, strict=True):
+        assert one["data"]["tile"]["crs"] == other["data"]["tile"]["crs"]
+        assert one["data"]["tile"]["transform"] == pytest.approx(other["data"]["tile"]["transform"])
+        assert np.array_equal(image_of(one, tmp_path / "placed"), image_of(other, tmp_path / "photo"))
+
+
+def test_a_crs_that_proj_does_not_know_is_refused() -> None:
+    for wrong in ({"crs": "EPSG:0"}, {"crs": "+proj=merc"}, {"no_place": True, "grid": "xyz"}):
+        with pytest.raises(BadScene):
+            IngestOptions(**wrong)
+
+
+def test_a_scene_in_degrees_reaches_over_the_antimeridian(tmp_path: Path) -> None:
+    scene = write(tmp_path / "a.tif", picture(), crs="EPSG:4326", transform=Affine(1e-5, 0, 179.9995, 0, -1e-5, 10))
+    report, _ = run(scene, tmp_path)
+    assert report.tiles == 6
+    east = geopandas.read_parquet(report.manifest_path).east
+    assert (east < -179.99).any()
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_photos_without_a_place_are_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+    photo = write(tmp_path / "photo.tif", picture(), crs=None, transform=None)
+    placed = write(tmp_path / "placed.tif", picture(seed=1))
+    with pytest.raises(BadScene, match="--no-place"):
+        run(photo, tmp_path)
+    report = ingest(
+        [photo, placed], tmp_path, tiles_url="http://host:9090/tiles", options=IngestOptions(64, 16, no_place=True)
+    )
+    assert (report.tiles, report.refused) == (12, {})
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    tiles = [Tile.from_record(task["data"]["tile"]) for task in tasks]
+    assert [tile.has_place for tile in tiles] == [False] * 6 + [True] * 6
+    assert (tiles[1].window, tiles[1].core) == ((48, 0, 64, 64), (8, 0, 43, 50))
+    assert geopandas.read_parquet(report.manifest_path).geometry.isna().tolist() == [True] * 6 + [False] * 6
+    ring = [[10, 10], [60, 10], [60, 60], [10, 60]]
+    region = {
+        "id": "a", "type": "polygonlabels", "from_name": "label", "to_name": "image", "original_width": 64,
+        "original_height": 64, "value": {"points": ring, "polygonlabels": ["building"], "closed": True},
+    }  # fmt: skip
+    annotated = [task | {"id": n, "annotations": [{"id": n, "result": [region]}]} for n, task in enumerate(tasks[:2])]
+    (tmp_path / "drawn.json").write_text(json.dumps(annotated))
+    with pytest.raises(BackendError, match="has no place on Earth"):
+        export(tasks_in(tmp_path / "drawn.json"), tmp_path / "out.geojson", options=ExportOptions())
+    assert not (tmp_path / "out.geojson").exists()
+
+
+def test_a_zip_gives_the_rasters_in_it(tmp_path: Path) -> None:
+    scene = write(tmp_path / "town.tif", picture())
+    with zipfile.ZipFile(tmp_path / "may.zip", "w") as file:
+        file.write(scene, "sub/town.tif")
+        file.writestr("read.me", "x")
+    report, tasks = run(tmp_path / "may.zip", tmp_path / "out")
+    assert (report.scenes, report.tiles) == (1, 6)
+    assert tasks[0]["data"]["tile"]["scene"] == "may-town"
+    _, wanted = run(scene, tmp_path / "plain")
+    assert np.array_equal(image_of(tasks[3], tmp_path / "out"), image_of(wanted[3], tmp_path / "plain"))
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as file:
+        file.writestr("read.me", "x")
+    with pytest.raises(BadScene, match=r"holds no \.tif"):
+        run(tmp_path / "none.zip", tmp_path / "out")

@@ -9,6 +9,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
@@ -160,6 +162,35 @@ def test_a_scene_in_s3_is_read_by_windows_with_the_operators_key(
         assert (again.kept, again.written) == (4, 0), "what lies in a store is known again"
         with pytest.raises(BadScene, match=r"other\.tif cannot be opened"):
             run("s3://bucket/a/other.tif", tmp_path / "out")
+
+
+def test_of_a_scene_in_a_store_no_more_is_fetched_than_is_shown(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 2048, 2048), np.uint8)
+    scene = write(tmp_path / "local.tif", noise, tiled=True, blockxsize=256, blockysize=256, photometric="RGB")
+    with rasterio.open(scene, "r+") as raster:
+        raster.build_overviews([2, 4, 8, 16], rasterio.enums.Resampling.average)
+    body = scene.read_bytes()
+    saved(tmp_path / "area.gpkg", [at(1300, 1300, 1400, 1400)])
+    with stored({"/bucket/town.tif": body}) as s3:
+        # In a process of its own: some of GDAL's calls keep Python, and so the server here, from running.
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "backend", "ingest", "s3://bucket/town.tif", "--aoi", "area.gpkg", "--json",
+                "--tile-size", "256", "--overlap", "0",
+            ],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+            env={
+                "PYTHONPATH": str(REPOSITORY), "PATH": "", "AWS_NO_SIGN_REQUEST": "YES", "AWS_HTTPS": "NO",
+                "AWS_S3_ENDPOINT": f"127.0.0.1:{s3.port}", "AWS_VIRTUAL_HOSTING": "FALSE",
+            },
+        )  # fmt: skip
+        ranges = [re.match(r"bytes=(\d+)-(\d+)", asked.headers.get("Range", "")) for asked in s3.asked]
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["tiles"], said["outside"]) == (1, 63)
+    # The overview of 1024 pixels that shows whether the scene has changed, and a few blocks.
+    fetched = sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
+    assert fetched < 4_000_000 < len(body) / 4, f"{fetched} of {len(body)} bytes"
 
 
 STORES = {
@@ -498,7 +529,7 @@ def test_the_server_and_the_image_store_find_xyz_tiles_and_nothing_beside_them(t
     (tmp_path / "tiles" / "a" / "19").mkdir(exist_ok=True)
     (tmp_path / "tiles" / "a" / "19" / "secret.txt").write_text("x")
     app = Flask("tiles")
-    _tile_route(app, tmp_path / "tiles")
+    _tile_route(app, Settings.from_environment(data_dir=tmp_path))
     address = tasks[0]["data"]["image"]
     with app.test_client() as client:
         with client.get(address.removeprefix("http://host:9090")) as answer:
@@ -526,14 +557,49 @@ def test_images_named_after_web_map_tiles_lie_where_those_do_if_that_is_asked_fo
         run(tmp_path / "2_9_9.png", tmp_path, IngestOptions(512, 0, xyz_names=True))
 
 
-def test_several_workers_make_the_same_files(tmp_path: Path) -> None:
-    scene = write(tmp_path / "a.tif", picture(rows=300, columns=400), tiled=True, blockxsize=128, blockysize=128)
-    one, tasks = run(scene, tmp_path / "one")
-    three, same = run(scene, tmp_path / "three", workers=3)
-    assert tasks == same
-    assert one.written == three.written == 48
-    for task in tasks:
-        assert np.array_equal(image_of(task, tmp_path / "one"), image_of(task, tmp_path / "three"))
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["written", "on demand"])
+def test_several_workers_make_the_same_files(tmp_path: Path, is_dynamic: bool) -> None:
+    values = np.where(np.arange(400) < 300, picture(rows=300, columns=400), 0).astype(np.uint8)
+    scene = write(tmp_path / "a.tif", values, tiled=True, blockxsize=128, blockysize=128, nodata=0)
+    one, _ = run(scene, tmp_path / "one", is_dynamic=is_dynamic)
+    two, _ = run(scene, tmp_path / "two", workers=2, is_dynamic=is_dynamic)
+    assert asdict(one) | {"tasks_path": 0, "manifest_path": 0} == asdict(two) | {"tasks_path": 0, "manifest_path": 0}
+    assert one.empty == 6
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")}
+    assert names == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*")}
+    for name in names - {Path("scenes/a.json")}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see child processes in")
+def test_a_killed_run_of_several_workers_goes_on_and_leaves_no_process(tmp_path: Path) -> None:
+    scene = write(tmp_path / "a.tif", picture(rows=1000, columns=1000), tiled=True, blockxsize=128, blockysize=128)
+    command = [
+        sys.executable, "-m", "backend", "ingest", scene.name, "--tile-size", "64", "--overlap", "16", "--workers", "2",
+        "--format", "png", "--json",
+    ]  # fmt: skip
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": ""}
+    tiles = tmp_path / "geoprelabel-data" / "tiles" / "a"
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while sum(1 for _ in tiles.glob("r*")) < 20:
+        assert child.poll() is None
+        time.sleep(0.02)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    child.kill()
+    child.wait()
+    assert len(workers) >= 2
+    until = time.monotonic() + 30
+    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left
+    assert not (tmp_path / "geoprelabel-data" / "tasks.json").exists()
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    said = json.loads(again.stdout)
+    assert said["kept"] >= 20
+    assert said["kept"] + said["written"] == said["tiles"] == 441
+    run(scene, tmp_path / "one")
+    for path in (tmp_path / "one" / "tiles" / "a").iterdir():
+        assert path.read_bytes() == (tiles / path.name).read_bytes()
 
 
 def test_an_error_in_a_worker_ends_the_run_and_leaves_nothing_half(tmp_path: Path) -> None:

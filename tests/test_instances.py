@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import shapely
@@ -11,8 +14,9 @@ from scipy import ndimage
 from shapely import Polygon
 from shapely.affinity import rotate
 
+from backend import instances as module
 from backend.errors import BadConfig
-from backend.instances import expected_f1, find, instances
+from backend.instances import Candidates, candidates, exclusive, expected_f1, find, instances, pooled
 from backend.segmenter import DenseMaps
 from backend.vectorize import VectorizeOptions, polygons, rasterize
 from tests.test_vectorize import EXACT, OPTIONS, assert_sound, coverage, iou
@@ -123,3 +127,91 @@ def test_what_is_left_out_as_unlikely_is_doubted():
     one = find(dense, "house", least_score=(surer + other) / 2)
     assert [instance.score for instance in one.instances] == [surer]
     assert one.doubt == pytest.approx(other)
+
+
+def pieces_of(found: Candidates, node: int) -> list[int]:
+    one, other = found.children[node].tolist()
+    return pieces_of(found, one) + pieces_of(found, other) if one else [node]
+
+
+def noise(seed: int, height: int, width: int, count: int) -> np.ndarray:
+    rough = np.random.default_rng(seed).random((count, height, width))
+    smooth = np.stack([ndimage.gaussian_filter(one, 2.5) for one in rough])
+    low, high = smooth.min((1, 2), keepdims=True), smooth.max((1, 2), keepdims=True)
+    return (smooth - low) / (high - low)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_what_lies_in_and_round_a_candidate_is_as_counted_pixel_by_pixel(seed: int) -> None:
+    height, width = 40, 34
+    probability, boundary, *maps = noise(seed, height, width, 4)
+    found = candidates(probability, boundary, min_area_px=4)
+    means = pooled(found, np.stack(maps))
+    for node in range(1, len(found.children)):
+        mask = np.isin(found.pieces, pieces_of(found, node))
+        values = []
+        for row, column in zip(*np.nonzero(mask), strict=True):
+            for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+                y, x = row + down, column + right
+                if 0 <= y < height and 0 <= x < width and not mask[y, x]:
+                    y, x = y + down * module.ROUND_PX, x + right * module.ROUND_PX
+                    values.append([one[min(max(y, 0), height - 1), min(max(x, 0), width - 1)] for one in maps])
+        assert means[node, 0] == pytest.approx([one[mask].mean() for one in maps])
+        assert means[node, 1] == pytest.approx(np.mean(values, axis=0) if values else [0, 0])
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_of_candidates_that_overlap_one_at_most_is_likely(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    children = np.array([[0, 0], [0, 0], [0, 0], [0, 0], [1, 2], [4, 3]])
+    areas = np.array([0.0, 400, 300, 200, 700, 900])
+    found = Candidates(np.zeros((1, 1), np.int32), children, areas, np.zeros((6, 16)))
+    chances = np.append(0.0, rng.uniform(0.02, 0.98, 5))
+    odds = chances / (1 - chances)
+    pieces = [set(), {1}, {2}, {3}, {1, 2}, {1, 2, 3}]
+    ways = [
+        chosen
+        for count in range(4)
+        for chosen in itertools.combinations(range(1, 6), count)
+        if all(not pieces[one] & pieces[other] for one, other in itertools.combinations(chosen, 2))
+    ]
+    weights = np.array([np.prod(odds[list(chosen)]) for chosen in ways])
+    alike = {
+        node: [n for n in range(1, 6) if pieces[n] & pieces[node] and 0.5 <= areas[n] / areas[node] <= 2]
+        for node in range(1, 6)
+    }
+    found_chances = exclusive(found, chances, min_area_px=1, factors=(1.0, 0.0, 0.0))
+    # Two alike candidates that do not overlap may be taken together: each counts.
+    expected = [sum(w * len(set(way) & set(alike[n])) for way, w in zip(ways, weights, strict=True)) / weights.sum()
+                for n in range(1, 6)]  # fmt: skip
+    assert found_chances[1:] == pytest.approx(np.clip(expected, 1e-4, 1 - 1e-4), abs=1e-9)
+    small = exclusive(found, chances, min_area_px=250, factors=(1.0, 0.0, 0.0))
+    assert small[3] <= found_chances[3]
+
+
+def test_evidence_tells_an_object_from_what_looks_like_one() -> None:
+    truths = [shapely.box(10, 10, 40, 30), shapely.box(60, 60, 100, 90)]
+    dense = maps(truths, 120, 120)
+    scoring = {"building": (*module.DEFAULT_SCORING[:-3], 1.0, 1.0, module.DEFAULT_SCORING[-1])}
+    evidence = np.zeros((2, 2, 120, 120), np.float32)
+    plain = instances(replace(dense, scoring=scoring), "building")
+    evidence[1, 0, 60:90, 60:100] = -9
+    told = instances(replace(dense, scoring=scoring, evidence=evidence), "building")
+    assert len(plain) == 2
+    assert [iou(one.polygons[0], truths[0]) > 0.9 for one in told] == [True]
+    evidence[1, 1, 55:95, 55:105] = 20
+    assert len(instances(replace(dense, scoring=scoring, evidence=evidence), "building")) == 2
+
+
+def test_the_mean_of_a_tile_and_its_mirror_image_is_seen_from_the_front() -> None:
+    dense = replace(maps([shapely.box(5, 10, 30, 30)], 40, 60), evidence=np.ones((2, 2, 40, 60), np.float32))
+    mirrored = maps([shapely.box(30, 10, 55, 30)], 40, 60)
+    both = dense.mean_with_mirrored(replace(mirrored, evidence=3 * np.ones((2, 2, 40, 60), np.float32)))
+    assert np.allclose(both.probabilities, dense.probabilities, atol=1e-6)
+    assert np.allclose(both.boundary, dense.boundary, atol=1e-6)
+    assert both.evidence is not None
+    assert np.all(both.evidence == 2)
+    assert both.probabilities.dtype == np.float32
+    assert dense.mean_with_mirrored(mirrored).evidence is None

@@ -346,3 +346,20 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path: Path, scheme: Any) ->
 
 def _is_light(colour: str) -> bool:
     return sum(int(text) for text in re.findall(r"\d+", colour)[:3]) > 3 * 128
+
+
+@pytest.mark.parametrize("crowd", [0, 4])
+def test_points_are_drawn_as_dots_of_their_colour(crowd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.sketch._MAX_VERTICES", 10 if crowd else 1000)
+    sketch = Sketch()
+    sketch.add_tile(TILE)
+    places = TILE.px_to_lonlat(np.array([(50.0, 60.0), (300.0, 200.0)]))
+    sketch.add_features([shapely.Point(place) for place in places], ["tree", "tree"])
+    sketch.add_features([box_on(TILE, 100 + x, 100) for x in range(1 + crowd)], ["building"] * (1 + crowd))
+    ((drawn,), more) = sketch.maps()
+    assert (drawn.features, drawn.is_dots, more) == (3 + crowd, bool(crowd), 0)
+    assert set(sketch.colours()) == {"tree", "building"}
+    if not crowd:
+        group = drawn.svg.partition("<title>tree</title>")[2].partition("</g>")[0]
+        assert group.count(f'stroke="{sketch.colours()["tree"]}"') == 1
+        assert re.findall(r"M[\d.]+ [\d.]+h0", group)[:2] == re.findall(r"M[\d.]+ [\d.]+h0", group)[2:]

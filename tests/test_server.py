@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from pydantic import SecretStr
 from shapely import Point, Polygon, box
 
 from backend import labelstudio
@@ -321,7 +322,7 @@ def test_a_model_that_cannot_be_loaded_is_said_in_the_status_line(settings: Sett
 
 def test_basic_auth_guards_all_but_health_and_tiles(settings: Settings):
     locked = settings.model_copy(
-        update={"basic_auth_user": "u", "basic_auth_pass": Settings(basic_auth_pass="p").basic_auth_pass}
+        update={"basic_auth_user": "u", "basic_auth_pass": SecretStr("p")}
     )
     service = Service(locked, segmenter=BrightSegmenter())
     client = create_app(locked, service).test_client()

@@ -13,7 +13,7 @@ from shapely.geometry import Polygon, box
 from backend import instances, training
 from backend.compact import CompactSegmenter
 from backend.errors import BadWeights, TrainingError
-from backend.segmenter import Embedding
+from backend.segmenter import Embedding, Prompts
 from backend.training import Example, train_heads
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -37,19 +37,16 @@ def tile(seed: int, label: str = "pool", size: int = 84) -> tuple[np.ndarray, li
 
 
 @pytest.fixture(scope="module")
-def examples(segmenter) -> list[Example]:
-    made = []
-    for seed in range(5):
-        picture, regions = tile(seed)
-        made.append(Example(None, regions, f"place {seed % 4}", embedding=segmenter.embed(picture)))
-    return made
+def examples() -> list[Example]:
+    return [Example(*tile(seed), f"place {seed % 4}") for seed in range(5)]
 
 
 @pytest.fixture(scope="module")
 def trained(segmenter, examples, tmp_path_factory):
     # Fewer steps than usual are plenty for such plain pictures, and so are fewer candidates.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_STEPS", 100)
+        patch.setattr(training, "_STEPS", 60)
+        patch.setattr(training, "_MOST_WINDOWS", 10)
         patch.setattr(training, "_LEAST_OF_EACH", 0)
         return run(segmenter, examples, tmp_path_factory)
 
@@ -102,11 +99,58 @@ def test_the_report_tells_what_was_left_out_and_what_was_not_trained(trained, ex
     assert heard[-1] == 1.0
 
 
+def test_what_is_trained_begins_as_what_is_shipped(segmenter):
+    picture, _ = tile(96)
+    read = segmenter.inner(picture)
+    inputs = [torch.from_numpy(v.astype(np.float32))[None] for n, v in read.features.items() if n != "scale_xy"]
+    with torch.inference_mode():
+        logits = segmenter.trainable_head("BUILDING")(*inputs)[0, 0]
+    shipped = segmenter.with_only({"building": segmenter.head("building")})
+    own = segmenter.with_only({"building": segmenter.trainable_head("building")})
+    before, after = (model.dense(model.embed(picture)).probabilities for model in (shipped, own))
+    np.testing.assert_allclose(after, before, atol=5e-3)
+    assert logits.shape == (48, 48)
+    np.testing.assert_allclose((logits[:42, :42] > 0).float().mean(), (before[0] > 0.5).mean(), atol=0.02)
+
+
+def test_clicks_stay_to_the_last_bit_and_embeddings_are_told_apart(segmenter, trained):
+    picture, regions = tile(95)
+    project = segmenter.with_heads(trained[0])
+    mine, shipped = project.embed(picture), segmenter.embed(picture)
+    assert mine.version != shipped.version
+    assert project.base_version == mine.version == segmenter.with_heads(trained[0]).base_version
+    click = Prompts(np.array([regions[0][1].centroid.coords[0]]), np.array([True]))
+    one, other = (model.segment(seen, click) for model, seen in ((project, mine), (segmenter, shipped)))
+    assert np.array_equal(one.probabilities, other.probabilities)
+    with pytest.raises(ValueError, match="is loaded"):
+        project.dense(shipped)
+    assert trained[0].stat().st_size < 300_000
+
+
+def test_a_shipped_class_without_an_outline_is_believed_less(segmenter, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_STEPS", 2)
+    monkeypatch.setattr(training, "_LEAST_OF_EACH", 1)
+    pools = [Example(*tile(seed), f"place {seed}") for seed in range(3)]
+    report = train_heads(segmenter, pools, ["pool", "building"], out=tmp_path / "heads")
+    assert report.untrained == ("building",)
+    project = segmenter.with_heads(tmp_path / "heads")
+    seen = segmenter.embed(pools[0].image_rgb)
+    found = instances.candidates_of(segmenter.dense(seen), "building", min_area_px=100)
+    assert found.areas_px[1:].any()
+    before, after = (
+        instances.scored(found.features, instances.scoring_of(model.scoring, "building"))[1:].max()
+        for model in (segmenter, project)
+    )
+    assert after < before
+    assert project.head("building") is not None
+
+
 def test_scores_are_fitted_on_what_the_project_showed(segmenter, trained):
     out, report, _ = trained
     assert report.labels[0].candidates > 0
     project = segmenter.with_heads(out)
     maps = project.dense(project.embed(tile(97)[0]))
+    assert set(project.scoring) >= set(segmenter.scoring)
     assert instances.scoring_of(maps.scoring, "pool") != instances.scoring_of(segmenter.scoring, "pool")
     assert instances.scoring_of(maps.scoring, "building") == instances.scoring_of(segmenter.scoring, "building")
 
@@ -176,7 +220,8 @@ def test_classes_may_lie_on_one_another(segmenter, examples, tmp_path, monkeypat
     both = [replace(e, regions=[*e.regions, *(("basin", p.buffer(-4)) for _, p in e.regions)]) for e in examples]
     report = train_heads(segmenter, both, ["pool", "basin"], out=tmp_path / "heads")
     assert [(one.label, one.objects) for one in report.labels] == [("pool", 10), ("basin", 10)]
-    inner, outer = (training._tile(both[0], both[0].embedding, label).target[0] for label in ("basin", "pool"))
+    read = segmenter.inner(both[0].image_rgb)
+    inner, outer = (training._tile(both[0], read, label).target[0] for label in ("basin", "pool"))
     assert inner.sum() < outer.sum()
     assert (outer[inner > 0.9] > 0.9).all()
 
@@ -228,6 +273,28 @@ def test_heads_whose_scoring_cannot_be_used_are_refused(segmenter, tmp_path, fac
         segmenter.with_heads(path)
 
 
+def test_of_a_large_tile_a_part_is_read_with_its_outlines_in_place():
+    picture, regions = tile(94, size=300)
+    example = Example(picture, regions, "here")
+    part, image = training._some_of(example, picture, 100, np.random.default_rng(0))
+    assert image.shape == (100, 100, 3)
+    blue = image[..., 2] > 180
+    drawn = training._drawn([outline for _, outline in part.regions], (100, 100)) > 0
+    assert blue.any()
+    assert (drawn & blue).sum() / (drawn | blue).sum() > 0.9
+
+
+def test_the_scoring_is_the_one_that_tells_right_from_wrong_on_other_tiles():
+    rng = np.random.default_rng(2)
+    tiles = []
+    for _ in range(6):
+        features = rng.normal(0, 1, (60, 3))
+        tiles.append((features, features[:, 0] + rng.normal(0, 0.3, 60) > 0))
+    ways = [training.recalibrated_scoring, training.fitted_scoring]
+    assert training._likeliest(ways, tiles, (0.0, 1.0, 0.0, 0.0)) is training.fitted_scoring
+    assert training._likeliest(ways, tiles, (8.0, 0.0, 0.0, 0.0)) is training.recalibrated_scoring
+
+
 def test_training_ends_in_time(segmenter, examples, tmp_path):
     report = train_heads(segmenter, examples, ["pool"], out=tmp_path / "heads", max_seconds=0)
     assert report.labels[0].steps <= 1
@@ -238,9 +305,9 @@ def test_nothing_to_learn_from_is_said_in_a_sentence(segmenter, examples, tmp_pa
         train_heads(segmenter, [], ["pool"], out=tmp_path / "heads")
     with pytest.raises(TrainingError, match="labelled road or river"):
         train_heads(segmenter, examples, ["road", "river"], out=tmp_path / "heads")
-    stale = replace(examples[0].embedding, version="compact-00000000")
-    with pytest.raises(TrainingError, match="no features of"):
-        train_heads(segmenter, [replace(examples[0], embedding=stale)], ["pool"], out=tmp_path / "heads")
+    bare = replace(examples[0], image_rgb=None, embedding=segmenter.embed(examples[0].image_rgb))
+    with pytest.raises(TrainingError, match="no image"):
+        train_heads(segmenter, [bare], ["pool"], out=tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
 
 

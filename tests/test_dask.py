@@ -1,0 +1,320 @@
+"""Bulk work on Dask's real processes: the same as without them, and whatever dies, no more again than was in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+
+from backend import cluster
+from backend.bulk import Failed, predict_to_file
+from backend.cluster import over_tasks
+from backend.errors import BackendError
+from backend.settings import Settings
+from demo.label_studio import free_port
+
+from .fakes import bright_image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = (REPOSITORY / "configs" / "buildings.xml").read_text()
+# Sockets of processes that were killed are closed by nobody but the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    with cluster.local(2, cores=2) as made:
+        yield made
+
+
+def doubled(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What workers do here in place of a model."""
+    while "gate" in task and int(Path(task["gate"]).read_text() or 0) <= task["n"]:
+        time.sleep(0.02)
+    if "log" in task:
+        with open(task["log"], "a") as log:
+            log.write(f"{task['n']}\n")
+    match task.get("kind"):
+        case "broken":
+            raise ValueError("no image")
+        case "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "deadly once" if not Path(task["mark"]).exists():
+            Path(task["mark"]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hides":
+            raise cluster.Refused("another model")
+    return {"result": [{"id": str(task["n"])}], "twice": 2 * task["n"]}
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    os.environ.update(values)
+
+
+def tasks_of(count: int, **kinds: str) -> list[tuple[int, dict[str, Any]]]:
+    return [(n, {"n": n, "kind": kinds.get(f"t{n}", "")}) for n in range(count)]
+
+
+def test_what_workers_make_comes_with_its_number(client: Any):
+    found = dict(over_tasks(client, doubled, tasks_of(50)))
+    assert {number: one["twice"] for number, one in found.items()} == {n: 2 * n for n in range(50)}
+    assert dict(over_tasks(client, doubled, tasks_of(50), batch=7)) == found
+    assert list(over_tasks(client, doubled, [])) == []
+
+
+def test_tasks_are_taken_as_they_are_needed(client: Any):
+    taken = []
+
+    def endless() -> Iterator[tuple[int, dict[str, Any]]]:
+        n = 0
+        while True:
+            taken.append(n)
+            yield n, {"n": n}
+            n += 1
+
+    results = over_tasks(client, doubled, endless())
+    for _ in range(20):
+        next(results)
+    assert len(taken) <= 20 + 8
+    results.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_task_that_raises_is_tried_again_and_the_rest_goes_on(client: Any, tmp_path: Path, batch: int):
+    log = tmp_path / "log.txt"
+    listed = [(n, {**task, "log": str(log)}) for n, task in tasks_of(14, t3="broken")]
+    found = dict(over_tasks(client, doubled, listed, batch=batch, retries=1))
+    assert {n for n, one in found.items() if isinstance(one, Failed)} == {3}
+    assert "unexpected ValueError: no image" in found[3].reason
+    assert sorted(found) == list(range(14))
+    assert log.read_text().split().count("3") == 2 * (2 if batch > 1 else 1)
+
+
+def test_a_task_that_kills_its_worker_each_time_is_set_apart_and_the_rest_goes_on(client: Any):
+    found = dict(over_tasks(client, doubled, tasks_of(14, t6="deadly"), batch=2))
+    assert {n: one if isinstance(one, Failed) else one["twice"] for n, one in found.items() if n != 6} == {
+        n: 2 * n for n in range(14) if n != 6
+    }
+    assert "its worker died" in found[6].reason
+
+
+def test_a_worker_that_is_killed_costs_but_time(client: Any, tmp_path: Path):
+    listed = tasks_of(14, t6="deadly once")
+    found = dict(over_tasks(client, doubled, [(n, {**task, "mark": str(tmp_path / "m")}) for n, task in listed]))
+    assert {n: one["twice"] for n, one in found.items()} == {n: 2 * n for n in range(14)}
+
+
+def test_a_worker_that_would_do_something_else_ends_the_run(client: Any):
+    with pytest.raises(BackendError, match="another model"):
+        list(over_tasks(client, doubled, tasks_of(6, t4="hides")))
+
+
+def test_workers_that_do_not_share_a_folder_are_known(client: Any, tmp_path: Path):
+    client.run(set_environment, {"GEOPRELABEL_DATA_DIR": str(tmp_path / "one")})
+    assert cluster.blind_workers(client, tmp_path / "one") == []
+    assert cluster.blind_workers(client, tmp_path / "other") == list(client.nthreads())
+    assert not list(tmp_path.glob("*/*"))
+    settings = Settings(data_dir=tmp_path / "other")
+    with pytest.raises(BackendError, match="GEOPRELABEL_DATA_DIR"):
+        list(cluster.warm_tasks(client, settings, cluster.Job(CONFIG), []))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:{free}", "nonsense", "http://x:1", "tcp://user@host:1"])
+def test_the_scheduler_of_nobody_is_one_sentence(address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
+    wanted = address.format(free=free_port())
+    with pytest.raises(BackendError, match="Dask scheduler") as raised, cluster.remote(wanted):
+        pass
+    assert wanted in str(raised.value)
+
+
+# --- Processes that are killed ---
+
+
+@contextlib.contextmanager
+def dask_of_two(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker as people start them; the address and the scheduler's process."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    commands = [
+        ["scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard"],
+        ["worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--death-timeout", "60"],
+    ]
+    with (folder / "dask.txt").open("wb") as output, contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dask", *command], cwd=folder, env=environment, stdout=output, stderr=output
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            started.append(process)
+        yield address, started[0]
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from backend import cluster
+from backend.bulk import predict_to_file
+from tests.test_dask import doubled
+address, out, log, gate = sys.argv[1:]
+tasks = [{"n": n, "data": {}, "log": log, "gate": gate} for n in range(40)]
+with cluster.remote(address) as client:
+    predict_to_file(lambda: tasks, Path(out), lambda some: cluster.over_tasks(client, doubled, some), fingerprint="v1")
+"""
+
+
+def test_a_client_or_scheduler_that_is_killed_repeats_at_most_what_was_in_flight(tmp_path: Path):
+    out, log, gate = tmp_path / "p.json", tmp_path / "log.txt", tmp_path / "gate.txt"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    @contextlib.contextmanager
+    def start(address: str) -> Iterator[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-c", CLIENT, address, str(out), str(log), str(gate)]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def wait_for(count: int, process: subprocess.Popen[bytes]) -> None:
+        """Until so many tasks are done, and no more are begun."""
+        gate.write_text(str(count))
+        until_s = time.monotonic() + 180
+        while time.monotonic() < until_s and process.poll() is None:
+            if log.exists() and len(log.read_text().split()) >= count:
+                return
+            time.sleep(0.01)
+        raise AssertionError(
+            process.communicate(timeout=1) if process.poll() is not None else "no progress", log.read_text()
+        )
+
+    with dask_of_two(tmp_path) as (address, scheduler):
+        with start(address) as process:
+            wait_for(10, process)
+            process.kill()
+        with start(address) as process:
+            wait_for(25, process)
+            scheduler.kill()
+            assert b"is gone; once it runs again" in process.communicate(timeout=180)[1]
+            assert process.returncode == 1
+    gate.write_text("40")
+    with dask_of_two(tmp_path) as (address, _), start(address) as process:
+        assert process.wait(180) == 0, process.stderr.read() if process.stderr else ""
+    written = json.loads(out.read_text())
+    assert [task["predictions"][0]["twice"] for task in written] == [2 * n for n in range(40)]
+    ran = [int(n) for n in log.read_text().split()]
+    assert set(ran) == set(range(40))
+    # One worker has one thread: four are on their way at a time.
+    assert len(ran) <= 40 + 2 * 4
+
+
+# --- Training ---
+
+
+def training(run: str) -> list[str]:
+    """A process that does what `train --piped` does, with another training."""
+    code = f"import sys, time, os\nfrom backend import cluster, errors, jobs\ndef run(progress):\n    {run}\n"
+    return [sys.executable, "-c", code + "cluster.tell_training(run, sys.stdout, sys.stdin)"]
+
+
+def supervised(run: str, **limits: Any) -> Any:
+    seen: list[tuple[float, str]] = []
+    found = cluster.supervised(
+        training(run), lambda *told: seen.append(told), limits.pop("is_wanted", lambda: True),
+        **{"max_mb": 0, "max_s": 300.0, **limits},
+    )  # fmt: skip
+    return found, seen
+
+
+def test_a_training_tells_how_it_goes_and_what_came_of_it():
+    found, seen = supervised("progress(0.5, 'half'); return 'v1', 'learned'")
+    assert found == {"version": "v1", "message": "learned"}
+    assert seen == [(0.5, "half")]
+
+
+@pytest.mark.parametrize(
+    ("run", "limits", "told"),
+    [
+        ("raise errors.TrainingError('too few')", {}, {"error": "too few", "is_not_now": False}),
+        ("raise jobs.NotNow('later')", {}, {"error": "later", "is_not_now": True}),
+        ("time.sleep(600)", {"max_s": 0.1}, "it took more than 0 s"),
+        ("time.sleep(600)", {"max_mb": 5}, "it needed more than 5 MB"),
+        ("time.sleep(600)", {"is_wanted": lambda: False}, "wanted by nobody"),
+    ],
+)
+def test_a_training_that_fails_or_breaks_a_limit_says_so(run: str, limits: dict[str, Any], told: Any):
+    found, _ = supervised(run, **limits)
+    assert found == told if isinstance(told, dict) else told in found["error"]
+
+
+def test_a_training_that_dies_raises_with_its_last_words():
+    with pytest.raises(RuntimeError, match="my last words"):
+        supervised("sys.stderr.write('my last words'); sys.stderr.flush(); os._exit(9)")
+
+
+def test_a_training_ends_with_its_worker():
+    with subprocess.Popen(training("time.sleep(600)"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 1
+
+
+# --- The real model ---
+
+
+def test_processes_predict_what_this_one_does(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiles").mkdir()
+    for n in range(3):
+        image = bright_image((20 + 9 * n, 30, 60, 70), size=(128, 128))
+        cv2.imwrite(str(tmp_path / "tiles" / f"{n}.png"), image)
+    images = [f"/data/local-files/?d={n}.png" for n in (0, 1, 2)] + ["/data/local-files/?d=none.png"]
+    tasks = [{"id": n + 1, "data": {"image": image}} for n, image in enumerate(images)]
+    environment = {"GEOPRELABEL_DATA_DIR": str(tmp_path), "LOCAL_FILES_DOCUMENT_ROOT": str(tmp_path / "tiles")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    client.run(set_environment, environment)
+    settings, job = Settings.from_environment(embedding_disk_mb=0), cluster.Job(CONFIG)
+    reports = []
+    for name, crew in (
+        ("one", cluster.in_process(settings, job)),
+        ("two", cluster.on_workers(client, job)),
+    ):
+        with crew as working:
+            reports.append(
+                predict_to_file(
+                    lambda: tasks, tmp_path / name, working.predict, fingerprint=working.fingerprint, keep_blocks=True
+                )
+            )
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert list(leaves(one)) == [
+        pytest.approx(leaf, abs=1e-3) if isinstance(leaf, float) else leaf for leaf in leaves(two)
+    ]
+    assert reports[0].predicted == reports[1].predicted == 3
+    assert reports[0].failures == reports[1].failures
+    assert reports[1].failures[0].task == "task 4"
+    assert "none.png" in reports[1].failures[0].reason
+    wrong = cluster.Job(CONFIG, fingerprint="something else")
+    with pytest.raises(BackendError, match="same release"):
+        cluster.opened(client, wrong)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """All values there are, one by one: how many threads add up a sum shows in its last digits."""
+    if isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield name
+            yield from leaves(each)
+    else:
+        yield value

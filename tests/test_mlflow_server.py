@@ -1,0 +1,183 @@
+"""The registry over HTTP: the same behaviours with a real server of MLflow's, where there is one.
+
+Only `mlflow-skinny` comes with the package, and it has no server. Set GEOPRELABEL_MLFLOW_VENV to an environment with
+the full `mlflow`, or put its `mlflow` on PATH.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from backend.errors import BadWeights
+from backend.predictor import Predictor
+from backend.registry import HEADS_FILE, Registry
+from backend.settings import Settings
+from tests.fakes import BrightSegmenter
+
+VENV = os.environ.get("GEOPRELABEL_MLFLOW_VENV", "")
+MLFLOW = str(Path(VENV) / "bin" / "mlflow") if VENV else shutil.which("mlflow") or ""
+
+
+def has_server() -> bool:
+    """Whether that is the full package: the one that comes with ours has a command of the same name."""
+    site = Path(MLFLOW).parent.parent
+    return bool(MLFLOW) and any(site.glob("lib/python*/site-packages/mlflow-[0-9]*.dist-info"))
+
+
+pytestmark = [
+    pytest.mark.skipif(not has_server(), reason="no mlflow server: set GEOPRELABEL_MLFLOW_VENV (see the docstring)"),
+    # The full package may be of another release, whose answers hold what the client here does not know.
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+
+
+@contextmanager
+def served(folder: Path, port: int) -> Iterator[str]:
+    """A server on that port, with everything it keeps in the folder."""
+    url = f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    with open(folder / "server.log", "ab") as output:
+        server = subprocess.Popen(
+            [MLFLOW, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+             "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+             "--artifacts-destination", str(folder / "artifacts")],
+            stdout=output, stderr=output, start_new_session=True, cwd=folder,
+            env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.2)
+        yield url
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, 15)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+            server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, port: int) -> Iterator[str]:
+    with served(folder, port) as url:
+        yield url
+
+
+def registry_at(url: str, folder: Path) -> tuple[Settings, Registry]:
+    settings = Settings(data_dir=folder, mlflow_tracking_uri=url)
+    return settings, Registry(settings)
+
+
+def published(registry: Registry, project: str, name: str, folder: Path, *, promote: bool = True, parent: str = "base"):
+    """As `fit` does it: within a run, since a server takes no weights from nowhere."""
+    heads = folder / HEADS_FILE
+    heads.write_bytes(name.encode())
+    with registry.recorded(project) as run:
+        run.params({"tiles_learned": 3})
+        run.progress(0.5, "training")
+        run.figures({"f1": {"after": 0.5}})
+        registry.publish(
+            project, name, heads, parent=parent, metrics={"iou": 0.5}, tags={}, promote=promote, run_id=run.run_id
+        )
+
+
+def test_what_one_machine_publishes_another_serves_within_five_seconds(url: str, tmp_path: Path):
+    _, maker = registry_at(url, tmp_path / "maker")
+    settings, there = registry_at(url, tmp_path / "server")
+    predictor = Predictor(settings, there, segmenter=BrightSegmenter())
+    predictor.start()
+    try:
+        predictor.wait(60)
+        assert predictor.version("1.5") == "bright-1"
+        published(maker, "1.5", "v-1", tmp_path)
+        began = time.monotonic()
+        # Its own name for the same weights: what counts is that they came over.
+        while predictor.version("1.5") == "bright-1" and time.monotonic() < began + 30:
+            time.sleep(0.05)
+        assert time.monotonic() < began + 5
+        live = there.champions()["1.5"]
+        assert (live.name, live.number, live.parent, live.metrics) == ("v-1", 1, "base", {"iou": 0.5})
+        assert live.heads_path.read_bytes() == b"v-1"
+        assert str(tmp_path / "server") in str(live.heads_path)
+    finally:
+        predictor.stop()
+
+
+def test_the_way_back_and_forth_is_the_same_as_with_a_file(url: str, tmp_path: Path):
+    _, registry = registry_at(url, tmp_path)
+    published(registry, "2.5", "a", tmp_path)
+    published(registry, "2.5", "b", tmp_path, promote=False, parent="a")
+    assert [(v.name, v.is_champion) for v in registry.versions("2.5")] == [("b", False), ("a", True)]
+    registry.activate("2.5", "b")
+    assert registry.champions()["2.5"].name == "b"
+    assert registry.rollback("2.5") == "a"
+    assert registry.rollback("2.5") == ""
+    assert registry.champions().get("2.5") is None
+    assert registry.key("2") == "2.5"
+
+
+def test_weights_that_were_damaged_there_are_not_activated(url: str, folder: Path, tmp_path: Path):
+    _, maker = registry_at(url, tmp_path / "maker")
+    published(maker, "3.5", "c-whole", tmp_path)
+    (kept,) = (path for path in (folder / "artifacts").rglob(HEADS_FILE) if path.read_bytes() == b"c-whole")
+    kept.write_bytes(b"half")
+    _, there = registry_at(url, tmp_path / "server")
+    with pytest.raises(BadWeights, match="damaged"):
+        there.activate("3.5", "c-whole")
+
+
+def test_a_server_that_goes_away_leaves_the_live_version_in_place_and_comes_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = tmp_path / "mlflow"
+    own.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    with served(own, port) as url:
+        settings, registry = registry_at(url, tmp_path / "server")
+        published(registry, "4.5", "d", tmp_path)
+        predictor = Predictor(settings, registry, segmenter=BrightSegmenter())
+        predictor.start()
+        predictor.wait(60)
+        live = predictor.version("4.5")
+        assert live != "bright-1"
+    try:
+        time.sleep(2)
+        assert predictor.version("4.5") == live
+        with served(own, port):
+            published(registry, "4.5", "e", tmp_path)
+            deadline = time.monotonic() + 30
+            while predictor.version("4.5") == live and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert predictor.version("4.5") == "e"
+    finally:
+        predictor.stop()
