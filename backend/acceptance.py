@@ -364,8 +364,13 @@ def _read(path: Path, stamp: tuple[int, int]) -> Json:
 def _write(path: Path, value: Json) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".acceptance-", delete=False) as scratch:
-        json.dump(value, scratch)
-    os.replace(scratch.name, path)
+        try:
+            json.dump(value, scratch)
+            scratch.close()
+            os.replace(scratch.name, path)
+        except BaseException:
+            os.unlink(scratch.name)
+            raise
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -7,6 +7,7 @@ predicted once, and memory does not grow with the number of tasks.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -107,6 +108,9 @@ def predict_to_file(
             blocks.add(number, outcome)
             progress(blocks.done)
         report.resumed = blocks.resumed
+        # Of runs that were killed: nobody else is at it, as this one holds the lock.
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+            left.unlink(missing_ok=True)
         scratch = out.with_name(f".{out.name}.{os.getpid()}")
         try:
             with open(scratch, "w", encoding="utf-8") as file:

@@ -310,6 +310,8 @@ class LabelStudio:
                 raise LabelStudioError(f"{self.url}/api/tasks/ answered without a list of tasks")
             if not page:
                 return
+            if not all(isinstance(task, dict) and isinstance(task.get("id"), int) for task in page):
+                raise LabelStudioError(f"{self.url}/api/tasks/ answered with tasks that have no number")
             ids = [int(task["id"]) for task in page]
             if ids != sorted(ids) or ids[0] <= last_id:
                 raise LabelStudioError(f"{self.url}/api/tasks/ does not keep to the order and filter asked for")

@@ -68,6 +68,10 @@ class Refused(BackendError):
     """A worker that would do something else than was asked: the whole run ends."""
 
 
+class NoScheduler(BackendError):
+    """Nothing answers as a Dask scheduler at the address given, or not any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a worker needs to know beside the task."""
@@ -185,7 +189,7 @@ def remote(address: str) -> Iterator[Client]:
     try:
         client = Client(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, TimeoutError) as error:
-        raise BackendError(
+        raise NoScheduler(
             f"no Dask scheduler answers at {address} within {_CONNECT_S:.0f} s; is it running (dask scheduler)?"
         ) from error
     with client:
@@ -241,7 +245,7 @@ def over_tasks(
                 raise
             except Exception as error:
                 if future.cancelled():
-                    raise BackendError(_gone(address)) from error
+                    raise NoScheduler(_gone(address)) from error
                 if isinstance(error, KilledWorker) and not (is_alone and len(group) == 1):
                     suspects.extend([one] for one in group)
                 elif len(group) > 1:
@@ -320,8 +324,8 @@ def train(settings: Settings, project: str, progress: Progress) -> tuple[str, st
                 resources=resources_of(settings.dask_training_resources) or None,
             )  # fmt: skip
             told = _waited_for(future, client, settings.dask_scheduler)
-    except (OSError, TimeoutError) as error:
-        raise NotNow(f"the Dask cluster {settings.dask_scheduler} is lost: {error}") from error
+    except NoScheduler as error:
+        raise NotNow(str(error)) from error
     if told.get("is_not_now"):
         raise NotNow(told["error"])
     if "error" in told:
@@ -509,18 +513,21 @@ def _next(done: queue.SimpleQueue[Future[Any]], client: Client, address: str) ->
         with suppress(queue.Empty):
             return done.get(timeout=_LOOK_EVERY_S)
         if client.status != "running":
-            raise BackendError(_gone(address))
+            raise NoScheduler(_gone(address))
 
 
 def _waited_for(future: Future[Any], client: Client, address: str) -> Json:
-    from distributed import TimeoutError as NotYet
-
-    while True:
-        with suppress(NotYet):
-            result: Json = future.result(timeout=_LOOK_EVERY_S)
-            return result
-        if client.status != "running":
-            raise NotNow(f"the Dask scheduler {address} is gone")
+    """A future's result, however long it takes. Raises NoScheduler."""
+    done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    future.add_done_callback(done.put)
+    _next(done, client, address)
+    try:
+        result: Json = future.result()
+    except Exception as error:
+        if future.cancelled():
+            raise NoScheduler(_gone(address)) from error
+        raise
+    return result
 
 
 def _room(client: Client) -> Callable[[], int]:

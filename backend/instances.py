@@ -228,7 +228,7 @@ def exclusive(
     Each way to take candidates that do not overlap is as likely as the product of their odds says. From the chance that
     a candidate or one `ALIKE` is taken, and its own one, comes what is given, by `EXCLUSIVE` or the ``factors``.
     """
-    odds = _log_odds(chances)
+    odds = log_odds(chances)
     odds[found.areas_px < min_area_px] = odds[0] = -_MOST_LOG_ODDS
     parents, areas = found.parents.tolist(), found.areas_px.tolist()
     ways = np.logaddexp(0, odds)
@@ -248,13 +248,14 @@ def exclusive(
             alike[larger] += taken[node]
             larger = parents[larger]
     of_alike, of_own, constant = factors or EXCLUSIVE
-    return _chances(of_alike * _log_odds(np.minimum(alike, 1)) + of_own * _log_odds(chances) + constant)
+    return _chances(of_alike * log_odds(np.minimum(alike, 1)) + of_own * log_odds(chances) + constant)
 
 
 _MOST_LOG_ODDS = 30.0
 
 
-def _log_odds(chances: FloatArray) -> FloatArray:
+def log_odds(chances: FloatArray) -> FloatArray:
+    """Log odds of chances, 0…1, bounded."""
     # Less than certain either way, so that no candidate outweighs any number of others.
     bounded = np.clip(chances, 1e-4, 1 - 1e-4)
     return np.asarray(np.log(bounded / (1 - bounded)), np.float64)
@@ -293,8 +294,8 @@ def candidates(
     joins = _joins(borders, areas.tolist(), min_area_px)
     found = _judged(pieces, probabilities, boundary, borders, joins)
     if evidence is not None:
-        found.features[:, -2] = pooled(found, evidence[:1])[:, 0, 0]
-        found.features[:, -1] = pooled(found, evidence[1:])[:, 1, 0]
+        # The first map speaks of what a candidate holds, the second one of what lies round it.
+        found.features[:, -2:] = np.diagonal(pooled(found, evidence), axis1=1, axis2=2)
     return found
 
 

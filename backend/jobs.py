@@ -448,7 +448,7 @@ def _resident_mb() -> float:
 
 
 def _record(record: Mapping[str, Any], kind: type[Record]) -> Record:
-    """A damaged one is as if it were not there; of another release, which may know more or less, what is known counts."""
+    """A damaged one is as if it were not there; of one of another release, what is known here counts."""
     plain = kind()
     known = {field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record}
     is_sound = all(

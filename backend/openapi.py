@@ -113,7 +113,11 @@ def document() -> dict[str, Any]:
             "/tiles/{scene}/{tile}": {"get": {
                 **_route("tiles", "An image that `ingest` made; asks for no password", {
                     "200": {"description": "The image", "content": {"image/*": {"schema": _TEXT}}},
+                    "206": {"description": "The part of it that a Range asks for"},
                     "304": {"description": "The image that the client has is still the same"},
+                    "403": {"description": "Not signed, where GEOPRELABEL_TILES_SECRET is set", **_content(_ERROR)},
+                    "416": {"description": "A Range beyond its end", **_content(_ERROR)},
+                    "503": {"description": "Made on demand, and cannot be made now", **_content(_ERROR)},
                     "404": {"description": "No such tile", **_content(_ERROR)}}, guarded=False),
                 "parameters": [{"name": name, "in": "path", "required": True, "schema": {
                     "type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]*$"}} for name in ("scene", "tile")]}},

@@ -310,7 +310,8 @@ def _versions(payload: Mapping[str, Any], project: str) -> Iterator[_Version]:
     label_config = about.get("label_config") if isinstance(about, Mapping) else None
     tasks = dict(_listed(payload.get("task")))
     for number, annotation in _listed(payload.get("annotation")):
-        task = tasks.get(annotation.get("task") or 0, {})
+        named = annotation.get("task")
+        task = tasks.get(named, {}) if isinstance(named, int) else {}
         yield _Version(
             number, project, label_config if isinstance(label_config, str) else None, annotation, _lean(task)
         )

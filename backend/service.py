@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +65,9 @@ LOADING_S = 2.5
 
 RECONCILE_PAUSE_S = 30.0
 """Between two readings of all annotations at least, in seconds; more where Label Studio does not answer."""
+
+SCRATCH_KEPT_S = 3600.0
+"""What was not written to within this time, in seconds, nobody is writing any more."""
 
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHANGES = {
@@ -268,6 +271,7 @@ class Service:
 
     def _follow_label_studio(self) -> None:
         """Reconcile all journals after the start, and again whenever an event could not be written down."""
+        remove_scratch(self.settings)
         while not self.predictor.is_ready:
             if self._closing.wait(0.2):
                 return
@@ -800,6 +804,18 @@ def client_of(settings: Settings, *, attempts: int = 6) -> LabelStudio:
         )
     key = settings.label_studio_api_key.get_secret_value()
     return LabelStudio(settings.label_studio_url, key, attempts=attempts)
+
+
+def remove_scratch(settings: Settings) -> None:
+    """Remove what processes that were killed were writing; what is younger may be of one that is at work."""
+    data_dir = settings.data_dir
+    patterns = ((data_dir / "jobs", ".*.json.*"), (data_dir, ".acceptance-*"), (data_dir / "boxes", "*.*.*"),
+                (settings.model_dir / "versions", "*/.new-*"))  # fmt: skip
+    for folder, pattern in patterns:
+        for path in folder.glob(pattern) if folder.is_dir() else ():
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > SCRATCH_KEPT_S:
+                    path.unlink()
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -46,8 +46,8 @@ _FOLDS = 2
 _WINDOW_CELLS, _WINDOW_STRIDE_CELLS = 64, 8
 """Side of the windows that are learned from, and what their place is a multiple of: the network's coarsest cells."""
 
-_MOST_WINDOWS, _MOST_LOOKS, _WINDOWS_A_LOOK = 240, 2, 8
-"""Windows that are read for a label, and times that a tile is read for them: the first time as it is, ..."""
+_WINDOWS, _MOST_LOOKS, _WINDOWS_A_LOOK = 240, 2, 8
+"""Windows that are read for a label, at least one a tile, and times that a tile is read for them: once as it is, ..."""
 
 _CONTRAST, _BRIGHTNESS, _TINT = 0.25, 20.0, 0.08
 """... then in other light, by up to so much."""
@@ -567,20 +567,19 @@ class _Desk(Generic[Head]):
         return example.image_rgb, self.segmenter.working_scale((rows, columns), example.gsd_m, self.classes)
 
     def windows(self, examples: Sequence[Example]) -> list[list[_Tile]]:
-        """Of each tile, windows to learn from, two thirds of them round an object; more of larger, weightier tiles."""
+        """Of each tile, windows to learn from, two thirds of them round an object; more of weightier ones."""
         rng = np.random.default_rng(self.seed)
-        found: list[list[_Tile]] = [[] for _ in examples]
-        chosen = sorted(rng.permutation(len(examples))[:_MOST_WINDOWS].tolist())
-        each = max(1, _MOST_WINDOWS // len(chosen))
-        looks = min(_MOST_LOOKS, math.ceil(each / _WINDOWS_A_LOOK)) if isinstance(self.segmenter, Deep) else 1
-        total = sum(examples[i].weight for i in chosen)
-        for i in chosen:
-            count = max(1, round(_MOST_WINDOWS * examples[i].weight / total))
-            for look in range(min(looks, count)):
-                tile = self.read(examples[i], rng if look else None)
-                found[i] += _windows_of(tile, len(range(look, count, looks)), rng)
+        found: list[list[_Tile]] = []
+        total = sum(example.weight for example in examples)
+        for example in examples:
+            count = max(1, round(_WINDOWS * example.weight / total))
+            looks = min(_MOST_LOOKS, math.ceil(count / _WINDOWS_A_LOOK)) if isinstance(self.segmenter, Deep) else 1
+            found.append([])
+            for look in range(looks):
+                tile = self.read(example, rng if look else None)
+                found[-1] += _windows_of(tile, len(range(look, count, looks)), rng)
         side = min(len(window.emphasis) for of_tile in found for window in of_tile)
-        return [[window.part(0, 0, side) for window in of_tile] for of_tile in found]
+        return [[w if len(w.emphasis) == side else w.part(0, 0, side) for w in of_tile] for of_tile in found]
 
     def best_check(self, runs: Sequence[Sequence[_Snapshot[Head]]], judged: Sequence[Sequence[Example]]) -> int:
         """Number of the check at which heads do best on tiles that they have not learned from; the last without any."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def speed(folder: Path, count: int, rounds: int) -> dict[str, float]:
-    side = 512 * 7
+    side = 64 + 448 * math.ceil(math.sqrt(count))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for command in (["-c", MAKE.format(side)], ["-m", "backend", "ingest", "town.tif"]):
         subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True, capture_output=True)

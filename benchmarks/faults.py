@@ -38,8 +38,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cv2
 import numpy as np
@@ -62,7 +61,7 @@ from tests.small_label_studio import CONFIG, PROJECT, SmallLabelStudio
 from tests.test_push import SmallIntake
 
 KINDS = ("server", "worker", "trainer", "export", "ingest", "predict", "push")
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 SIDE = 128
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -182,8 +181,8 @@ class Loop:
         process.start()
         process.join(kill_after_s or PATIENCE_S)
         if process.is_alive():
-            assert kill_after_s, f"{arguments[0]} took over {PATIENCE_S:.0f} s"
             kill(process)
+            assert kill_after_s, f"{arguments[0]} took over {PATIENCE_S:.0f} s"
             self.killed[kind] += 1
             return
         if kill_after_s:
@@ -288,6 +287,10 @@ class Loop:
     # Training
 
     def _trainer(self) -> None:
+        # A server that runs would begin what is owed before it can be looked at.
+        self.stop_server()
+        for trainer in [p for p in psutil.process_iter(["cmdline"]) if self._is_trainer(p)]:
+            trainer.wait(PATIENCE_S)
         jobs, live = Jobs(self.settings), self.live_version()
         if "trainer" not in self.typical_s:
             with contextlib.closing(Journal(self.settings)) as journal:
@@ -319,6 +322,12 @@ class Loop:
             if jobs._due_in(jobs.ask(PROJECT)) is not None:
                 self.run(arguments)
             assert (jobs.run(PROJECT).state, jobs.ask(PROJECT)) == ("done", Ask())
+
+    def _is_trainer(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            is_ours = process.environ().get("GEOPRELABEL_DATA_DIR") == str(self.data)
+            return is_ours and {"train", "--queued"} <= set(process.info["cmdline"] or ())
+        return False
 
     def live_version(self) -> str:
         """Name of the project's one live version, whose weights are what was registered."""
@@ -404,15 +413,21 @@ class Loop:
 
     # What must hold after each round
 
+    def _lost(self) -> set[int]:
+        """Annotations whose event was acknowledged, and that the journal does not have."""
+        with contextlib.closing(Journal(self.settings)) as journal:
+            return self.acknowledged - {a["id"] for task in journal.tasks(PROJECT) for a in task["annotations"]}
+
     def look_at_all(self) -> None:
         database = self.data / "journal.sqlite3"
         if database.exists():
             with contextlib.closing(sqlite3.connect(database, timeout=30)) as base:
                 assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            with contextlib.closing(Journal(self.settings)) as journal:
-                known = {a["id"] for task in journal.tasks(PROJECT) for a in task["annotations"]}
-            lost = self.acknowledged - known
-            assert not lost, f"{len(lost)} acknowledged annotations are lost: {sorted(lost)[:5]}"
+            if self._lost():
+                # An event that could not be written within a fifth of a second is asked of Label Studio: by the process
+                # that missed it, or if that was killed by the one that starts in its place.
+                self.ensure_server()
+                until(lambda: not self._lost(), f"acknowledged annotations are lost: {sorted(self._lost())[:5]}")
         if self.typical_s.get("trainer"):
             assert self.live_version(), "no version is live"
         for path in (self.data / "embeddings").glob("*.safetensors"):
@@ -522,12 +537,19 @@ def kinds_of(rounds: int, kinds: tuple[str, ...], seed: int) -> list[str]:
     return listed
 
 
-def looped(folder: Path, *, rounds: int, seed: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
-    """So many rounds; how many processes were killed, and what was wrong after which."""
+def looped(
+    folder: Path, *, rounds: int, seed: int, kinds: tuple[str, ...] = KINDS, limit_s: float = float("inf")
+) -> dict[str, Any]:
+    """So many rounds, or what fits into the time; how many processes were killed, and what was wrong after which."""
     wrong = []
     begun = time.monotonic()
     with Loop(folder, seed) as loop:
         for number, kind in enumerate(kinds_of(rounds, kinds, seed)):
+            if time.monotonic() - begun > limit_s:
+                rounds = number
+                break
+            if number % 20 == 19:
+                print(f"{number + 1} rounds", file=sys.stderr, flush=True)
             try:
                 loop.round(kind)
             except AssertionError as error:
@@ -537,7 +559,8 @@ def looped(folder: Path, *, rounds: int, seed: int, kinds: tuple[str, ...] = KIN
                 wrong.append(f"round {number}, {kind}: {traceback.format_exc()}")
                 print(wrong[-1], file=sys.stderr, flush=True)
     return {"rounds": rounds, "seed": seed, "killed": dict(loop.killed), "ended_before": dict(loop.ended),
-            "acknowledged_events": len(loop.acknowledged), "wrong": wrong, "typical_s": {k: round(v, 2) for k, v in loop.typical_s.items()},
+            "acknowledged_events": len(loop.acknowledged), "wrong": wrong,
+            "undisturbed_s": {kind: round(seconds, 2) for kind, seconds in loop.typical_s.items()},
             "seconds": round(time.monotonic() - begun)}  # fmt: skip
 
 
@@ -545,11 +568,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so long")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        report = looped(Path(folder), rounds=arguments.rounds, seed=arguments.seed, kinds=tuple(arguments.kinds))
+        report = looped(
+            Path(folder),
+            rounds=arguments.rounds,
+            seed=arguments.seed,
+            kinds=tuple(arguments.kinds),
+            limit_s=60 * arguments.minutes,
+        )
     print(json.dumps(report))
     sys.exit(bool(report["wrong"]))
 

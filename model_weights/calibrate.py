@@ -135,7 +135,9 @@ def views(data: Path, seed: int = 1) -> Iterator[View]:
                 yield View(group, fold, is_plain, np.ascontiguousarray(seen), np.ascontiguousarray(there, np.int32))
 
 
-def turned(rgb: NDArray[np.uint8], truth: NDArray[np.float32], rng: np.random.Generator) -> tuple:
+def turned(
+    rgb: NDArray[np.uint8], truth: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Another way round, and in another light."""
     quarters, mirrored = int(rng.integers(4)), rng.random() < 0.5
     rgb, truth = np.rot90(rgb, quarters), np.rot90(truth, quarters)
@@ -243,7 +245,7 @@ def told(samples: list[Judged], chances: list[FloatArray]) -> tuple[float, float
     """Factors for ``EXCLUSIVE``, from the candidates' own chances."""
     x = np.concatenate(
         [
-            np.stack((instances._log_odds(alike), instances._log_odds(own)), axis=1)[one.used]
+            np.stack((instances.log_odds(alike), instances.log_odds(own)), axis=1)[one.used]
             for one, own in zip(samples, chances, strict=True)
             for alike in (instances.exclusive(one.candidates, own, min_area_px=MIN_AREA_PX, factors=(1.0, 0.0, 0.0)),)
         ]

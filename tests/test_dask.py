@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from backend.errors import BackendError
 from backend.settings import Settings
 from demo.label_studio import free_port
 
+from .dask_work import doubled, set_environment
 from .fakes import bright_image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,30 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def client() -> Iterator[Any]:
     with cluster.local(2, cores=2) as made:
         yield made
-
-
-def doubled(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What workers do here in place of a model."""
-    while "gate" in task and int(Path(task["gate"]).read_text() or 0) <= task["n"]:
-        time.sleep(0.02)
-    if "log" in task:
-        with open(task["log"], "a") as log:
-            log.write(f"{task['n']}\n")
-    match task.get("kind"):
-        case "broken":
-            raise ValueError("no image")
-        case "deadly":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "deadly once" if not Path(task["mark"]).exists():
-            Path(task["mark"]).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "hides":
-            raise cluster.Refused("another model")
-    return {"result": [{"id": str(task["n"])}], "twice": 2 * task["n"]}
-
-
-def set_environment(values: Mapping[str, str]) -> None:
-    os.environ.update(values)
 
 
 def tasks_of(count: int, **kinds: str) -> list[tuple[int, dict[str, Any]]]:
@@ -167,9 +143,9 @@ import sys
 from pathlib import Path
 from backend import cluster
 from backend.bulk import predict_to_file
-from tests.test_dask import doubled
+from tests.dask_work import doubled
 address, out, log, gate = sys.argv[1:]
-tasks = [{"n": n, "data": {}, "log": log, "gate": gate} for n in range(40)]
+tasks = [{"n": n, "data": {"image": str(n)}, "log": log, "gate": gate} for n in range(40)]
 with cluster.remote(address) as client:
     predict_to_file(lambda: tasks, Path(out), lambda some: cluster.over_tasks(client, doubled, some), fingerprint="v1")
 """

@@ -1,5 +1,4 @@
-"""Killed processes, full and locked disks, wrong clocks, a Label Studio that is ill, damaged files: nothing is lost, and
-whoever can mend it reads one sentence."""
+"""Killed processes, full disks, wrong clocks, an ill Label Studio, damaged files: nothing is lost, and all is said."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from backend.journal import Journal, JournalError
 from backend.problems import Problems
 from backend.registry import Registry
 from backend.segmenter import Embedding
-from backend.service import PredictRequest, Service
+from backend.service import PredictRequest, Service, remove_scratch
 from backend.settings import Settings
 from benchmarks import faults
 
@@ -51,15 +50,34 @@ def test_whatever_is_killed_nothing_is_lost_and_no_half_file_is_left(tmp_path: P
     assert report["acknowledged_events"] > 0
 
 
+def test_what_killed_processes_were_writing_is_removed_at_the_next_start(tmp_path: Path):
+    settings = Settings(data_dir=tmp_path)
+    jobs, version = tmp_path / "jobs", tmp_path / "models" / "versions" / "v1"
+    left = [
+        jobs / f".{PROJECT}.ask.json.a1b2",
+        tmp_path / ".acceptance-x",
+        version / ".new-y",
+        tmp_path / "boxes/a.1.2",
+    ]
+    kept = [jobs / f"{PROJECT}.ask.json", version / "heads.safetensors", tmp_path / "boxes" / "a.json"]
+    young = jobs / f".{PROJECT}.state.json.c3d4"
+    for path in (*left, *kept, young):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (0, 0)) if path != young else None
+    remove_scratch(settings)
+    assert [path for path in (*left, *kept, young) if path.exists()] == [*kept, young]
+
+
 # --- A full disk ---
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 4 MB."""
+    """A folder on a disk of 6 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -98,14 +116,14 @@ def test_an_ingest_that_does_not_fit_on_the_disk_says_so_and_goes_on_when_there_
     scene = tmp_path / "town.tif"
     faults.write_scene(scene)
     ballast = fill(small_disk, leave=300 * 1024)
-    first = geoprelabel("ingest", str(scene), "--out", str(small_disk), "--tile-size", "128", "--format", "jpg")
+    first = geoprelabel("ingest", str(scene), "--out", str(small_disk), "--tile-size", "256", "--overlap", "0")
     assert first.returncode == 1
     assert "No space left" in first.stderr
     assert "Traceback" not in first.stderr
     assert not (small_disk / "tasks.json").exists()
     assert not list(small_disk.rglob("*.part"))
     ballast.unlink()
-    again = geoprelabel("ingest", str(scene), "--out", str(small_disk), "--tile-size", "128", "--format", "jpg")
+    again = geoprelabel("ingest", str(scene), "--out", str(small_disk), "--tile-size", "256", "--overlap", "0")
     assert again.returncode == 0, again.stderr
     assert len(json.loads((small_disk / "tasks.json").read_text())) == len(list(small_disk.rglob("*.jpg")))
 
@@ -277,7 +295,7 @@ def test_what_an_ill_label_studio_answers_is_one_sentence_and_drops_nothing(tmp_
             # The page is ill once; then it is well again.
             ill = iter([answer])
             studio.fault = lambda asked: next(ill, None) if asked.path == "/api/tasks/" else None
-            if isinstance(raised.value, Unreachable):
+            if isinstance(raised.value, Unreachable) and said != "500":
                 assert journal.reconcile(PROJECT, api.tasks(3, only_annotated=True)).kept == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
@@ -67,6 +68,23 @@ def test_what_comes_in_while_training_runs_is_trained_afterwards(jobs: Jobs):
     jobs.work("1.5", train)
     assert len(runs) == 2
     assert jobs.run("1.5").version == "v2"
+
+
+def test_what_is_asked_already_is_not_written_again(jobs: Jobs, settings: Settings):
+    jobs.start("1.5")
+    before = {path: path.stat().st_mtime_ns for path in (settings.data_dir / "jobs").glob("*.json")}
+    assert before
+    jobs.start("1.5")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system knows no SCHED_IDLE")
+def test_training_runs_where_nothing_else_wants_to():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        desk._give_way(child.pid)
+        assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
+        child.communicate(b"\n")
+    desk._give_way(child.pid)  # it ended meanwhile: nothing to do
 
 
 def test_only_one_works_at_a_time(jobs: Jobs):

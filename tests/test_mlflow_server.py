@@ -52,7 +52,7 @@ def served(folder: Path, port: int) -> Iterator[str]:
              "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
              "--artifacts-destination", str(folder / "artifacts")],
             stdout=output, stderr=output, start_new_session=True, cwd=folder,
-            env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 120

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from backend.journal import Journal
+from backend.registry import Registry
 from backend.server import create_app
 from backend.service import Service
 from backend.settings import Settings
 from tests.fakes import BrightSegmenter
+from tests.small_label_studio import SmallLabelStudio
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = "1.5"
@@ -107,3 +114,37 @@ def test_the_manual_explains_each_figure_and_each_alert(exported: dict[str, set[
     assert not {rule["alert"] for rule in rules() if f"`{rule['alert']}`" not in text}
     told = set(re.findall(r"`(geoprelabel_[a-z_]+)", text))
     assert told <= set(exported) | families
+
+
+def commands(name: str) -> str:
+    """The commands of the manual behind that mark."""
+    text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    return text.split(f"<!-- {name} -->\n```bash\n")[1].split("```")[0]
+
+
+def test_what_the_manual_backs_up_it_restores_elsewhere(tmp_path: Path):
+    data, backup, other = tmp_path / "data", tmp_path / "backup", tmp_path / "other"
+    for folder in (data / "tiles" / "town", data / "embeddings", backup):
+        folder.mkdir(parents=True)
+    (data / "tiles" / "town" / "a.jpg").write_bytes(b"tile")
+    (data / "embeddings" / "x.safetensors").write_bytes(b"made again")
+    heads = tmp_path / "heads"
+    heads.write_bytes(b"weights")
+    settings = Settings(data_dir=data)
+    Registry(settings).publish(PROJECT, "v1", heads, parent="", metrics={}, tags={}, promote=True)
+    with SmallLabelStudio(2) as studio, closing(Journal(settings)) as journal:
+        journal.reconcile(PROJECT, list(studio.tasks.values()))
+        for name, folder in (("backup", data), ("restore", other)):
+            environment = {**os.environ, "DATA": str(folder), "BACKUP": str(backup),
+                           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+            script = ["bash", "-euo", "pipefail", "-c", commands(name)]
+            done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    restored = Settings(data_dir=other)
+    version = Registry(restored).champions()[PROJECT]
+    version.check()
+    assert (version.name, version.heads_path.is_relative_to(other)) == ("v1", True)
+    with closing(Journal(restored)) as journal:
+        assert len(list(journal.tasks(PROJECT))) == 2
+    assert (other / "tiles" / "town" / "a.jpg").read_bytes() == b"tile"
+    assert not (other / "embeddings").exists()

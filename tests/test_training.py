@@ -46,7 +46,7 @@ def trained(segmenter, examples, tmp_path_factory):
     # Fewer steps than usual are plenty for such plain pictures, and so are fewer candidates.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_STEPS", 60)
-        patch.setattr(training, "_MOST_WINDOWS", 10)
+        patch.setattr(training, "_WINDOWS", 10)
         patch.setattr(training, "_LEAST_OF_EACH", 0)
         return run(segmenter, examples, tmp_path_factory)
 

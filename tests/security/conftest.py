@@ -40,6 +40,9 @@ CLICK = {
     "value": {"x": 30, "y": 40, "width": 1},
 }
 
+PATIENCE_S = 60.0
+"""Nothing that is bounded takes so long, however busy the machine; what is not takes minutes and more."""
+
 NAMES = {
     "private.attack.test": [["10.0.0.7"]],
     "loop.attack.test": [["127.0.0.1"]],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import CLICK, CONFIG, PNG_URL, PROJECT, Backend
+from .conftest import CLICK, CONFIG, PATIENCE_S, PNG_URL, PROJECT, Backend
 
 POSTS = ("/predict", "/setup", "/webhook", "/train", "/versions")
 
@@ -58,7 +58,7 @@ def test_what_is_no_json_is_refused(backend: Backend, path: str, name: str):
         answer.body
     )
     assert len(answer.body) < 1000
-    assert time.monotonic() - before_s < 5
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -225,7 +225,7 @@ def test_a_task_that_is_nonsense_costs_only_itself(backend: Backend, name: str):
         "POST", "/predict", {**body, "tasks": [TASKS[name]], "params": {"context": {"result": [CLICK]}}}
     )
     assert answer.status in (200, 400, 403, 422), answer.body
-    assert time.monotonic() - before_s < 10
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 WINDOW = [0, 0, 64, 64]
@@ -323,7 +323,7 @@ def test_a_place_that_is_nonsense_costs_only_the_place(backend: Backend, name: s
         answer = backend.ask("POST", "/predict", body)
         assert answer.status == 200, answer.body
         assert answer.json["results"] != [[]]
-        assert time.monotonic() - before_s < 10
+        assert time.monotonic() - before_s < PATIENCE_S
 
 
 def test_no_crs_makes_proj_open_a_file():
@@ -388,7 +388,7 @@ def test_a_prompt_that_is_nonsense_is_refused_or_answered(backend: Backend, name
         before_s = time.monotonic()
         answer = backend.ask("POST", "/predict", body)
         assert answer.status in (200, 400), answer.body
-        assert time.monotonic() - before_s < 5
+        assert time.monotonic() - before_s < PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_an_annotation_that_is_nonsense_is_taken_at_once_and_checked_in_time(bac
     before_s = time.monotonic()
     assert backend.ask("POST", "/webhook", event).status == 201
     while backend.ask("GET", "/status").json["checks_waiting"]:
-        assert time.monotonic() - before_s < 30
+        assert time.monotonic() - before_s < PATIENCE_S
         time.sleep(0.1)
     assert "unexpected" not in json.dumps(backend.ask("GET", "/status").json["problems"])
 
@@ -525,4 +525,4 @@ def test_a_label_config_that_is_an_attack_is_refused(backend: Backend, name: str
         assert answer.status in allowed, answer.body
         assert "X-Evil" not in answer.headers
         assert len(answer.body) < 1000
-    assert time.monotonic() - before_s < 15
+    assert time.monotonic() - before_s < PATIENCE_S

@@ -15,7 +15,7 @@ from backend.service import MAX_PROJECTS, Service
 from backend.settings import Settings
 from tests.fakes import BrightSegmenter
 
-from .conftest import CONFIG
+from .conftest import CONFIG, PATIENCE_S
 
 
 def test_what_was_used_last_is_kept():
@@ -49,7 +49,7 @@ def test_thousands_of_projects_leave_bounded_tables(service: Service):
     answer = client.get("/status")
     assert answer.status_code == 200
     assert len(answer.data) < 2**20
-    assert time.monotonic() - before_s < 5
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 def test_events_of_thousands_of_projects_are_noted_and_the_pages_stay_fast(service: Service):
@@ -66,7 +66,7 @@ def test_events_of_thousands_of_projects_are_noted_and_the_pages_stay_fast(servi
     for path in ("/status", "/metrics", "/versions"):
         before_s = time.monotonic()
         assert client.get(path).status_code == 200
-        assert time.monotonic() - before_s < 5, path
+        assert time.monotonic() - before_s < PATIENCE_S, path
     assert len(service.problems.recent()) <= 50
     assert len(service.findings.recent()) <= 200
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.small_server import Answer, SmallServer
 
-from .conftest import PNG, Backend, Friend, png
+from .conftest import PATIENCE_S, PNG, Backend, Friend, png
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -193,7 +193,7 @@ def test_what_is_no_sound_image_is_a_sentence(backend: Backend, friend: Friend, 
     )
     assert answer.status in (403, 422), answer.body
     assert len(answer.body) < 1000
-    assert time.monotonic() - before_s < 10
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -204,7 +204,7 @@ def test_a_file_that_unfolds_does_so_within_bounds(backend: Backend, friend: Fri
     )
     assert answer.status in (200, 403, 422), answer.body
     assert backend.memory_mb() - before_mb < 250
-    assert time.monotonic() - before_s < 15
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_answers_that_lie_are_left(backend: Backend, friend: Friend, answer: Ans
     reply = backend.predict(friend.put(f"lies/{id(answer)}", answer))
     assert reply.status in (403, 422), reply.body
     assert backend.memory_mb() - before_mb < 100
-    assert time.monotonic() - before_s < 10
+    assert time.monotonic() - before_s < PATIENCE_S
 
 
 @pytest.fixture
@@ -254,8 +254,12 @@ def dripping(friend: Friend) -> Iterator[Callable[[bytes, bytes], str]]:
             wire.recv(65536)
             try:
                 wire.sendall(head)
-                while not stop.wait(0.3):
+                for _ in range(100):
+                    if stop.wait(0.3):
+                        break
                     wire.sendall(drop)
+                else:
+                    wire.close()
             except OSError:
                 pass
 
@@ -297,5 +301,5 @@ def test_a_server_that_drips_is_given_up_in_time(
         url = dripping(head, drop).replace("http:", "https:" if head.startswith(b"\x16") else "http:")
         with pytest.raises(BadImage):
             store.fetch(url)
-        assert time.monotonic() - before_s < 4
+        assert time.monotonic() - before_s < 20
         store.close()

@@ -107,9 +107,10 @@ def test_no_secret_leaves_the_settings(tmp_path: Path, token: str):
                 },
             )
             answers.append(done.stdout + done.stderr)
-        registry = Registry(Settings(data_dir=tmp_path / "session" / "data"))
-        with registry.recorded(PROJECT) as run:
-            run.params({"label_studio": studio.server.url})
+        if token != PERSONAL:
+            registry = Registry(Settings(data_dir=tmp_path / "session" / "data"))
+            with registry.recorded(PROJECT) as run:
+                run.params({"label_studio": studio.server.url})
     assert leaks_in(tmp_path) == []
     assert [answer for answer in answers if any(leak in answer for leak in LEAKS)] == []
     assert backend.offences() == []
