@@ -23,9 +23,10 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -163,20 +164,20 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
         # Or a worker that died and is not back within 15 s never comes back: after the last one the run stands still.
         "distributed.deploy.lost-worker-timeout": "1000h",
     }
-    with (
-        dask.config.set(config),
-        # TLS with a key that only these processes have: everybody with an account here could connect, else.
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            security=True,
-            dashboard_address=f"127.0.0.1:{_free_port(8787)}",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(config):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Port .* is already in use")  # another one is taken, and told
+            made = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                # TLS with a key that only these processes have: everybody with an account here could connect, else.
+                security=True,
+                dashboard_address="127.0.0.1:8787",
+                silence_logs=logging.CRITICAL,
+            )
+        with made as cluster, Client(cluster, set_as_default=False) as client:
+            yield client
 
 
 @contextmanager
@@ -570,13 +571,3 @@ def _reason(error: BaseException) -> str:
 
 def _address(client: Client) -> str:
     return str(client.scheduler.address) if client.scheduler is not None else "the Dask scheduler"
-
-
-def _free_port(wanted: int) -> int:
-    """The port, or 0 for any where it is taken."""
-    with closing(socket.socket()) as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return 0
-    return wanted

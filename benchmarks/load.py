@@ -46,8 +46,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = (REPOSITORY / "configs" / "buildings.xml").read_text()
 GOALS = {"errors": 0, "control_p99_ms": 50.0, "warm_click_p95_ms": 400.0, "memory_growth": 0.10}
 THINK_S = {"look": (5.0, 15.0), "click": (4.0, 12.0), "submit": (4.0, 10.0)}
-"""Pauses of people, from … to, in seconds: after opening a tile, after each click, after submitting. A tile takes them a
-minute, so fifty of them open one, and click four times, each second."""
+"""Pauses of people, from … to, in seconds: after opening a tile, after each click, after submitting. A tile takes them
+a minute, so fifty of them open one, and click four times, each second."""
 
 CONTROL = ("/health", "/versions", "/status", "/metrics")
 
@@ -275,7 +275,7 @@ COLOURS = {"click": "#1f77b4", "open": "#e07b00", "control": "#2e9e44", "submit"
 
 def drawn(seen: Seen) -> str:
     """Latencies (the 95th percentile of each tenth of a minute) and memory over time."""
-    width, height, left, end = 720, 200, 60, max(when for when, _ in seen.memory)
+    width, height, left, end = 720, 200, 80, max(when for when, _ in seen.memory)
     parts = []
 
     def chart(top: int, title: str, curves: dict[str, Sequence[tuple[float, float]]], unit: str) -> None:
@@ -298,7 +298,7 @@ def drawn(seen: Seen) -> str:
 
     chart(40, "95th percentile by time (grey: training)", {k: binned(seen.times.get(k, ())) for k in COLOURS}, "ms")
     chart(300, "Memory of the server", {"memory": seen.memory}, "MB")
-    parts.append(f'<text x="{left + width}" y="520" text-anchor="end">{end / 60:.0f} minutes</text>')
+    parts.append(f'<text x="{left + width}" y="520" text-anchor="end">{end / 60:.1f} min</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} 530" font-family="sans-serif"'
         f' font-size="12">{"".join(parts)}</svg>\n'
