@@ -131,7 +131,7 @@ class Annotator(threading.Thread):
         self._chance = random.Random(number)
 
     def run(self) -> None:
-        self._pause((0.0, 15.0))
+        self._pause((0.0, 60.0))
         while time.monotonic() < self._end:
             self._one_task()
 
