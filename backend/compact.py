@@ -655,6 +655,7 @@ class CompactSegmenter:
         self._heads: dict[str, AnyHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
         self._scoring = net.scoring
         self._evidence = {label.casefold(): torch.from_numpy(v).to(self._device) for label, v in net.evidence.items()}
+        self._threads = torch.get_num_threads() if self._device.type == "cpu" else 1
         self._net_version = self.base_version = base_version
         self.version = base_version
 
@@ -667,6 +668,16 @@ class CompactSegmenter:
             torch.set_num_threads(threads)
         segmenter = cls(*_load_base(path or SHIPPED_WEIGHTS), device=device)
         return segmenter if heads is None else segmenter.with_heads(heads)
+
+    @property
+    def threads(self) -> int:
+        """Processors that it may use in all; one where it computes elsewhere."""
+        return self._threads
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many processors what the calling thread asks for from now on."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(count)
 
     def with_heads(self, path: Path) -> CompactSegmenter:
         """The same network with a project's heads: they replace those of the same name, and come after the others."""

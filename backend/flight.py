@@ -107,21 +107,33 @@ class SingleFlight(Generic[Result]):
 
 
 class Gate:
-    """Lets one thread at a time at the device; who is more urgent goes first, then who came first."""
+    """Lets few threads at a time at the device; who is more urgent goes first, then who came first."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1) -> None:
+        self._places = places
         self._waiting: list[tuple[int, int]] = []
-        self._is_busy = False
+        self._inside = 0
         self._order = itertools.count()
         self._turn = threading.Condition()
         self.on_entered: Callable[[int, float], None] = lambda urgency, waited_s: None
         """Told of everyone who got in how urgent it was, and how long it waited, in seconds."""
 
-    @contextmanager
-    def entered(self, *, urgency: int = 0, claim: Claim | None = None) -> Iterator[None]:
-        """Hold the gate for the length of a ``with`` block. The higher ``urgency`` goes first.
+    @property
+    def places(self) -> int:
+        """How many threads may be in at a time."""
+        return self._places
 
-        Raises Replaced where the ``claim`` is replaced before its turn.
+    @places.setter
+    def places(self, places: int) -> None:
+        with self._turn:
+            self._places = places
+            self._turn.notify_all()
+
+    @contextmanager
+    def entered(self, *, urgency: int = 0, claim: Claim | None = None) -> Iterator[bool]:
+        """Hold a place for the length of a ``with`` block. The higher ``urgency`` goes first.
+
+        Gives whether nobody else was in or waiting. Raises Replaced where the ``claim`` is replaced before its turn.
         """
         ticket, came_s = (-urgency, next(self._order)), time.monotonic()
         if claim is not None:
@@ -130,7 +142,8 @@ class Gate:
             heapq.heappush(self._waiting, ticket)
             self._turn.wait_for(
                 lambda: (
-                    (not self._is_busy and self._waiting[0] == ticket) or (claim is not None and claim.replaced.done())
+                    (self._inside < self._places and self._waiting[0] == ticket)
+                    or (claim is not None and claim.replaced.done())
                 )
             )
             self._waiting.remove(ticket)
@@ -138,13 +151,16 @@ class Gate:
             if claim is not None and claim.replaced.done():
                 self._turn.notify_all()
                 raise Replaced
-            self._is_busy = True
+            is_alone = not self._inside and not self._waiting
+            self._inside += 1
+            # The next one may find a place beside this one.
+            self._turn.notify_all()
         try:
             self.on_entered(urgency, time.monotonic() - came_s)
-            yield
+            yield is_alone
         finally:
             with self._turn:
-                self._is_busy = False
+                self._inside -= 1
                 self._turn.notify_all()
 
     def _wake(self, _: Future[None]) -> None:

@@ -7,8 +7,9 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -49,6 +50,10 @@ PRE_LABEL_MIN_M2 = 4.0
 
 LEAST_AGREEMENT = 0.5
 """An object keeps its first outline where the one drawn from its box has a lower IoU with it."""
+
+MOST_AT_ONCE = 4
+"""Threads at the device, each with a share of the processors: two networks on one processor each are done sooner than
+one after the other on two. More would need more memory."""
 
 OUTLINED_AT_ONCE = 8
 """Objects whose outlines are drawn anew before waiting clicks get their turn."""
@@ -102,6 +107,20 @@ class Mirroring(Protocol):
 
     def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
         """What ``dense`` says of the image's mirror image, seen ``scale`` times as large."""
+        ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A segmenter that several threads may use at once, each on some of the processors."""
+
+    @property
+    def threads(self) -> int:
+        """Processors that it may use in all."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many processors what the calling thread asks for from now on."""
         ...
 
 
@@ -278,7 +297,7 @@ class Predictor:
             if kept is not None:
                 self.on_embedding("disk", 0.0)
                 return kept
-            with self.gate.entered(urgency=urgency):
+            with self._device(model, urgency=urgency):
                 begun_s = time.monotonic()
                 segmenter = model.segmenter
                 if isinstance(segmenter, Scalable):
@@ -323,7 +342,7 @@ class Predictor:
         dense = self._dense(model, embedding, urgency)
         segmenter = model.segmenter
         if isinstance(segmenter, Mirroring):
-            with self.gate.entered(urgency=urgency):
+            with self._device(model, urgency=urgency):
                 dense = dense.mean_with_mirrored(segmenter.dense_mirrored(image_rgb, scale=scale))
 
         def redrawn(objects: list[list[Polygon]]) -> list[list[Polygon]]:
@@ -332,7 +351,7 @@ class Predictor:
             done: list[list[Polygon]] = []
             for start in range(0, len(objects), OUTLINED_AT_ONCE):
                 # A few at a time: a click does not wait for all objects of a tile.
-                with self.gate.entered(urgency=urgency):
+                with self._device(model, urgency=urgency):
                     done += outlined(segmenter, embedding, objects[start : start + OUTLINED_AT_ONCE], options)
             return done
 
@@ -354,7 +373,7 @@ class Predictor:
         Raises Replaced where the ``claim`` is replaced before its turn.
         """
         embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale, claim=claim)
-        with self.gate.entered(urgency=INTERACTIVE, claim=claim):
+        with self._device(model, urgency=INTERACTIVE, claim=claim):
             masks = model.segmenter.segment(embedding, prompts)
         polygons = vectorize.polygons(masks.probabilities[0], options=options)
         tie = "prompted" if len(polygons) > 1 else ""
@@ -378,7 +397,7 @@ class Predictor:
         outlines = [region.polygon for region in regions]
         reach = max(2, round(0.25 * math.sqrt(sum(outline.area for outline in outlines))))
         window = _window_xyxy(outlines, reach, embedding.image_hw)
-        with self.gate.entered(urgency=INTERACTIVE, claim=claim):
+        with self._device(model, urgency=INTERACTIVE, claim=claim):
             dense = model.segmenter.dense(embedding, window_xyxy=window)
         left, top, right, bottom = window
         local = [shapely.transform(outline, lambda xy: xy - (left, top)) for outline in outlines]
@@ -396,13 +415,25 @@ class Predictor:
                     best, highest = known, evidence
         return best
 
+    @contextmanager
+    def _device(self, model: Loaded, *, urgency: int, claim: Claim | None = None) -> Iterator[None]:
+        """A place at the device: all processors for one alone, else a share of them, on which two get more done."""
+        with self.gate.entered(urgency=urgency, claim=claim) as is_alone:
+            if isinstance(model.segmenter, Shareable):
+                threads = model.segmenter.threads
+                model.segmenter.use_threads(threads if is_alone else max(1, threads // self.gate.places))
+            yield
+
     def _dense(self, model: Loaded, embedding: Embedding, urgency: int) -> DenseMaps:
-        with self.gate.entered(urgency=urgency):
+        with self._device(model, urgency=urgency):
             return model.segmenter.dense(embedding)
 
     def _load_base(self) -> None:
         try:
-            self._base.set_result(self._given or warmed_up(load_segmenter(self._settings)))
+            segmenter = self._given or warmed_up(load_segmenter(self._settings))
+            if isinstance(segmenter, Shareable):
+                self.gate.places = max(1, min(segmenter.threads, MOST_AT_ONCE))
+            self._base.set_result(segmenter)
         except Exception as error:
             log.exception("the model cannot be loaded")
             self._base.set_exception(error)

@@ -19,11 +19,14 @@ from backend import cluster
 from backend.bulk import Failed, predict_to_file
 from backend.cluster import over_tasks
 from backend.errors import BackendError
+from backend.jobs import Ask, Jobs
+from backend.registry import Registry
 from backend.settings import Settings
 from demo.label_studio import free_port
 
 from .dask_work import doubled, set_environment
 from .fakes import bright_image
+from .small_label_studio import PROJECT, SmallLabelStudio
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = (REPOSITORY / "configs" / "buildings.xml").read_text()
@@ -284,6 +287,33 @@ def test_processes_predict_what_this_one_does(client: Any, tmp_path: Path, monke
     wrong = cluster.Job(CONFIG, fingerprint="something else")
     with pytest.raises(BackendError, match="same release"):
         cluster.opened(client, wrong)
+
+
+def test_a_project_is_trained_on_a_worker_of_the_cluster(tmp_path: Path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with SmallLabelStudio(2) as label_studio, contextlib.ExitStack() as stack:
+        environment = os.environ | {
+            "LABEL_STUDIO_URL": label_studio.server.url, "LABEL_STUDIO_API_KEY": "t", "OMP_NUM_THREADS": "1",
+            "GEOPRELABEL_DATA_DIR": str(tmp_path), "GEOPRELABEL_DASK_SCHEDULER": address,
+            "GEOPRELABEL_PROMOTE": "always", "GEOPRELABEL_TRAINING_MAX_S": "2",
+        }  # fmt: skip
+
+        def run(*command: str, **options: Any) -> subprocess.Popen[Any]:
+            process = subprocess.Popen([sys.executable, "-m", *command], cwd=REPOSITORY, env=environment, **options)
+            stack.callback(process.wait, 20)
+            stack.callback(process.terminate)
+            return process
+
+        for name, *arguments in (
+            ("scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
+            ("worker", address, "--no-nanny", "--nthreads", "1"),
+        ):
+            run(f"distributed.cli.dask_{name}", *arguments, "--no-dashboard", stderr=subprocess.DEVNULL)
+        Jobs(Settings(data_dir=tmp_path))._update_ask(PROJECT, lambda ask: Ask(at_once=True))
+        # Here nobody knows of a Label Studio: only the worker can do it.
+        del environment["LABEL_STUDIO_URL"]
+        assert run("backend", "train", "--queued", "--project", PROJECT).wait(180) == 0
+    assert PROJECT in Registry(Settings(data_dir=tmp_path)).champions()
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -42,6 +42,34 @@ def test_the_gate_lets_the_urgent_go_first_then_who_came_first():
     assert order == ["click", "opened", "batch", "batch 2"]
 
 
+def test_a_gate_of_two_places_says_who_is_alone_and_keeps_a_third_out():
+    gate, alone = Gate(2), {}
+    go, third = threading.Event(), threading.Event()
+
+    def enter(name: str, then: threading.Event | None = None) -> None:
+        with gate.entered() as is_alone:
+            alone[name] = is_alone
+            if then is None:
+                go.wait(20)
+            else:
+                then.set()
+
+    with gate.entered() as is_alone:
+        assert is_alone
+        started(lambda: enter("second"))
+        until(lambda: "second" in alone)
+        started(lambda: enter("third", third))
+        until(lambda: gate.waiting == 1)
+        assert not third.wait(0.02)
+        gate.places = 3
+        assert third.wait(20)
+    go.set()
+    assert alone == {"second": False, "third": False}
+    with gate.entered() as is_alone:
+        pass
+    assert gate.waiting == 0
+
+
 def test_a_replaced_claim_leaves_the_line_at_once():
     gate, claims, gone = Gate(), Claims(), threading.Event()
 

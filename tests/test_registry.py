@@ -349,3 +349,40 @@ def test_versions_are_listed_shown_and_made_live_by_command(settings: Settings, 
     assert said("rollback", "--project", "18").startswith("n-1 is live for project 18")
     damaged(registry.get("18.5", "n-2").heads_path, "changed")
     assert "is damaged" in said("show", "n-2")
+
+
+def test_who_is_alone_at_the_device_has_all_processors_and_two_share_them(settings):
+    class Sharing(BrightSegmenter):
+        threads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.used: list[int] = []
+            self.is_in, self.may_go = threading.Event(), threading.Event()
+
+        def use_threads(self, count: int) -> None:
+            self.used.append(count)
+
+        def embed(self, image_rgb):
+            if len(self.used) == 1:
+                self.is_in.set()
+                self.may_go.wait(20)
+            return super().embed(image_rgb)
+
+    segmenter = Sharing()
+    predictor = Predictor(settings, Registry(settings), segmenter=segmenter)
+    predictor.start()
+    predictor.wait(20)
+    model, image = predictor.model("1"), bright_image((20, 20, 60, 60))
+    try:
+        first = threading.Thread(target=predictor.embed, args=(model, image, "first"))
+        first.start()
+        assert segmenter.is_in.wait(20)
+        predictor.embed(model, image, "second")
+        segmenter.may_go.set()
+        first.join(20)
+        predictor.embed(model, image, "third")
+    finally:
+        segmenter.may_go.set()
+        predictor.stop()
+    assert segmenter.used == [4, 1, 4]

@@ -321,9 +321,7 @@ def test_a_model_that_cannot_be_loaded_is_said_in_the_status_line(settings: Sett
 
 
 def test_basic_auth_guards_all_but_health_and_tiles(settings: Settings):
-    locked = settings.model_copy(
-        update={"basic_auth_user": "u", "basic_auth_pass": SecretStr("p")}
-    )
+    locked = settings.model_copy(update={"basic_auth_user": "u", "basic_auth_pass": SecretStr("p")})
     service = Service(locked, segmenter=BrightSegmenter())
     client = create_app(locked, service).test_client()
     body = {"project": PROJECT, "schema": CONFIG}
