@@ -42,6 +42,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from shapely.affinity import translate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -97,6 +98,9 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", help="accepted tiles, for all courses")
     parser.add_argument("--limit", type=int, default=MOST_JUDGED, help="tiles to judge on")
     parser.add_argument("--weights", type=Path, help="another weights file than the shipped one")
+    parser.add_argument(
+        "--spoiled", type=float, default=0, metavar="PX", help="half of the accepted outlines lie so far off, all tiles"
+    )
     parser.add_argument("--max-seconds", type=float, default=600, help="for each training")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write learning-curve.json and learning-curve.svg")
     arguments = parser.parse_args()
@@ -195,7 +199,7 @@ def learned(course: Course, segmenter: CompactSegmenter, arguments: argparse.Nam
     order = list(course.learn)
     random.Random(judging.SEED).shuffle(order)
     counts = sorted({min(count, len(order)) for count in arguments.counts or course.counts})
-    accepted = [example_of(tile, course) for tile in order[: counts[-1]]]
+    accepted = [example_of(tile, course, off_px=arguments.spoiled) for tile in order[: counts[-1]]]
     others = [example_of(tile, course) for tile in course.judge[: arguments.limit]]
     least = Settings.from_environment(data_dir=scratch, label_studio_url="").model_score_threshold
     print(f"{course.title}: {len(others)} tiles to judge on, weights {segmenter.base_version}", flush=True)
@@ -244,9 +248,14 @@ def without(segmenter: CompactSegmenter, label: str) -> CompactSegmenter:
     return segmenter.with_only(kept, {k: v for k, v in segmenter.scoring.items() if k.casefold() != label.casefold()})
 
 
-def example_of(tile: Tile, course: Course) -> Example:
+def example_of(tile: Tile, course: Course, *, off_px: float = 0) -> Example:
+    """A tile as it was accepted; every second object's outline lies ``off_px`` too far right and down."""
     image = np.ascontiguousarray(cv2.imread(str(tile.image))[:, :, ::-1])
-    regions = [(course.label, part) for truth in tile.truths for part in truth.parts]
+    regions = [
+        (course.label, translate(part, off_px * (number % 2), off_px * (number % 2)))
+        for number, truth in enumerate(tile.truths)
+        for part in truth.parts
+    ]
     return Example(image_rgb=image, regions=regions, place=place_of(tile), gsd_m=course.gsd_m)
 
 
