@@ -18,19 +18,23 @@ import pytest
 from demo.label_studio import free_port
 
 
+def its_user() -> str | None:
+    """Whom it is to run as, which is not root; None for whoever this process runs as. Skips where there is nobody."""
+    if os.geteuid() != 0:
+        return None
+    named = [entry.pw_name for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody")]
+    if not named:
+        pytest.skip("PostgreSQL does not run as root, and there is no other user")
+    return named[-1]
+
+
 @contextlib.contextmanager
 def running_postgres() -> Iterator[str]:
     """The URL of its database; skips where there is no PostgreSQL, or nobody it would run as."""
     pytest.importorskip("psycopg", reason="no psycopg: pip install 'psycopg[binary]'")
     if not all(shutil.which(program) for program in ("initdb", "postgres")):
         pytest.skip("no PostgreSQL: apt-get install postgresql")
-    user = None
-    if os.geteuid() == 0:
-        # It refuses to run as root.
-        named = [entry.pw_name for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody")]
-        if not named:
-            pytest.skip("PostgreSQL does not run as root, and there is no other user")
-        user = named[-1]
+    user = its_user()
     # A socket's path must be short.
     data, port = Path(tempfile.mkdtemp(prefix="geoprelabel-pg-", dir="/tmp")), free_port()
     process = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import pwd
 import re
 import shutil
 import socket
@@ -19,6 +18,8 @@ import yaml
 from pydantic import AliasChoices, SecretStr
 
 from backend.settings import Settings
+
+from .postgres import its_user
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCKERFILE = REPOSITORY / "Dockerfile"
@@ -363,12 +364,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Pa
     """An empty PostgreSQL that believes everybody, as it is while the image sets itself up; its port and secrets."""
     if not all(shutil.which(program) for program in ("initdb", "postgres", "psql")):
         pytest.skip("no PostgreSQL: apt-get install postgresql")
-    user = None
-    if os.geteuid() == 0:
-        named = [entry.pw_name for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody")]
-        if not named:
-            pytest.skip("PostgreSQL does not run as root, and there is no other user")
-        user = named[-1]
+    user = its_user()
     folder = tmp_path_factory.mktemp("postgres")
     secrets = secrets_in(folder / "secrets")
     data = Path("/tmp") / f"geoprelabel-pg-{os.getpid()}"

@@ -31,6 +31,7 @@ from backend.settings import Settings
 from benchmarks import faults
 
 from .fakes import BrightSegmenter
+from .small_disk import fill, mounted
 from .small_label_studio import PROJECT, SmallLabelStudio
 from .small_server import Answer, Asked, as_json
 
@@ -74,27 +75,8 @@ def test_what_killed_processes_were_writing_is_removed_at_the_next_start(tmp_pat
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "disk", size_mb=6) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder: Path, *, leave: int = 0) -> Path:
-    """A file that takes all the room but so many bytes."""
-    path = folder / "ballast"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
-    if leave:
-        os.truncate(path, path.stat().st_size - leave)
-    return path
 
 
 @pytest.mark.parametrize("ending", ["geojson", "geojsonl", "gpkg", "parquet", "fgb", "shp"])

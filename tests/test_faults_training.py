@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from demo.backend import BackendServer
 from demo.label_studio import LabelStudioServer
 
 from .fakes import BrightSegmenter
+from .small_disk import fill, mounted
 from .small_label_studio import CONFIG, NUMBER, PROJECT, SmallLabelStudio
 from .small_server import Answer, Asked, as_json
 
@@ -320,26 +320,8 @@ def test_after_a_start_what_was_missed_is_read_and_training_asked_for(tmp_path, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "disk", size_mb=8) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder: Path, *, leave: int = 0) -> Path:
-    """A file that takes all the room but so many bytes."""
-    path = folder / "ballast"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
-    if leave:
-        os.truncate(path, path.stat().st_size - leave)
-    return path
 
 
 def test_on_a_full_disk_saves_are_answered_and_what_was_missed_is_found_later(small_disk, label_studio_of_three):
