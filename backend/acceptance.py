@@ -9,14 +9,14 @@ it began from none, nothing is said about any version.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -28,22 +28,39 @@ from shapely.geometry.base import BaseGeometry
 
 from . import labelstudio
 from .annotations import Predicted
-from .errors import BackendError
+from .client import LabelStudio, NotFound
+from .errors import BackendError, LabelStudioError
 from .evaluation import polis
 from .journal import Journal
 from .problems import Problems
 from .settings import Settings
 from .tile import Tile
+from .whole import write_json
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
 LEAST_PAUSE_S = 60.0
-"""What is shown is counted anew at most so often, in seconds."""
+"""Who only looks has what is shown counted anew at most so often, in seconds."""
+
+SOON_S = 1.0
+"""What a save changed is counted so long after it, in seconds: not while the annotator waits."""
 
 REST = 20
 """Counting takes at most one second in so many."""
+
+MAX_SAVED = 1_000
+"""Saved tasks in line. Of more at once the predictions come when the journal is reconciled."""
+
+MAX_KEPT = 50_000
+"""Annotations whose outcome stays in memory; where there are more, all are judged anew each time."""
+
+_SILENCE_S = 30.0
+"""After Label Studio did not answer it is not asked for so long."""
+
+_OVERLAP_S = 10.0
+"""What was heard of so shortly before the last count may have been written after it; so far servers' clocks differ."""
 
 MAX_VERSIONS = 30
 """Versions of a project that are shown, the newest ones."""
@@ -271,53 +288,109 @@ def _grid(times: Sequence[float]) -> tuple[float, float]:
 class Acceptance:
     """The figures of all projects, counted beside the server and shared by all its processes."""
 
-    def __init__(self, settings: Settings, journal: Journal, problems: Problems) -> None:
-        """Nothing is read or written before the first look."""
+    def __init__(
+        self,
+        settings: Settings,
+        journal: Journal,
+        problems: Problems,
+        connect: Callable[[], LabelStudio] | None = None,
+    ) -> None:
+        """Nothing is read or written before the first look. Without ``connect`` Label Studio is never asked."""
         self._folder = settings.data_dir
         self._is_local = not settings.database_url.get_secret_value()
         self._path = settings.data_dir / "acceptance.json"
-        self._journal, self._problems = journal, problems
+        self._journal, self._problems, self._connect = journal, problems, connect
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._next_s = 0.0
+        self._is_working = False
+        self._closing = threading.Event()
+        self._saved: dict[tuple[str, int], None] = {}
+        self._is_changed = False
+        self._next_s = self._silent_until_s = 0.0
+        # By project, when it was last counted, and each task's outcomes as of then.
+        self._judged: dict[str, tuple[float, dict[int, list[Judged]]]] = {}
 
     def facts(self) -> Json:
         """By project key what `facts_of` gives, as last counted, at once; has it counted anew where that is due."""
         with self._lock:
-            is_working = self._thread is not None and self._thread.is_alive()
-            if not is_working and time.monotonic() >= self._next_s:
-                self._next_s = time.monotonic() + LEAST_PAUSE_S
-                self._thread = threading.Thread(target=self._work, name="acceptance", daemon=True)
-                self._thread.start()
+            if time.monotonic() >= self._next_s:
+                self._begin()
         return _read(self._path, _stamp(self._path))
+
+    def note(self, project: str, tasks: Iterable[int]) -> None:
+        """Annotations of these tasks were saved, or some were deleted: have that counted, `SOON_S` from now."""
+        with self._lock:
+            room = MAX_SAVED - len(self._saved)
+            self._saved.update(dict.fromkeys((project, task) for task in itertools.islice(tasks, room)))
+            self._is_changed = True
+            self._begin()
 
     def wait(self, timeout_s: float) -> None:
         """Wait until nothing is being counted."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
+    def close(self) -> None:
+        """Finish the count that runs, and begin no other."""
+        self._closing.set()
+        self.wait(10)
+
     def count(self) -> Json:
         """Count now, and keep it. Raises BackendError where the journal cannot be read."""
         began, found = time.time(), {}
         for project in self._journal.projects():
-            listed = [one for task in self._journal.tasks(project) for one in judged(task)]
-            if listed:
+            if listed := self._listed(project):
                 found[project] = facts_of(listed)
+        if sum(len(each) for _, tasks in self._judged.values() for each in tasks.values()) > MAX_KEPT:
+            self._judged.clear()
         if found or self._path.exists():
-            _write(self._path, found)
+            write_json(self._path, found)
             # What is written into the journal meanwhile is newer than this.
             os.utime(self._path, (began, began))
         return found
 
+    def _listed(self, project: str) -> list[Judged]:
+        """The outcome of each annotation of a project: judged before, but for those of tasks that changed since."""
+        began = time.time()
+        since, known = self._judged.get(project, (0.0, {}))
+        known = {task: known[task] for task in self._journal.task_ids(project) if task in known}
+        for task in self._journal.tasks(project, since=since):
+            known[task["id"]] = list(judged(task))
+        self._judged[project] = began - _OVERLAP_S, known
+        return [one for listed in known.values() for one in listed]
+
+    def _begin(self) -> None:
+        """Under the lock: have a thread at work."""
+        if not self._is_working and not self._closing.is_set():
+            self._is_working = True
+            self._thread = threading.Thread(target=self._work, name="acceptance", daemon=True)
+            self._thread.start()
+
     def _work(self) -> None:
+        pause_s = SOON_S if self._is_changed else 0.0
+        while not self._closing.wait(pause_s):
+            with self._lock:
+                saved, is_changed = list(self._saved), self._is_changed
+                self._saved.clear()
+                self._is_changed = False
+                self._next_s = time.monotonic() + LEAST_PAUSE_S
+            began = time.monotonic()
+            self._count_if_due(saved, is_changed)
+            pause_s = max(SOON_S, REST * (time.monotonic() - began))
+            with self._lock:
+                if not self._is_changed:
+                    self._next_s = max(self._next_s, time.monotonic() + pause_s)
+                    self._is_working = False
+                    return
+
+    def _count_if_due(self, saved: Sequence[tuple[str, int]], is_changed: bool) -> None:
         try:
+            self._complete(saved)
             if self._is_local and self._counted_s() > self._changed_s():
                 return
-            began = time.monotonic()
-            # One process at a time; the others read what it found.
-            with FileLock(self._folder / "acceptance.lock", timeout=0):
+            # One process at a time; the others read what it found. What it may have missed is counted after it.
+            with FileLock(self._folder / "acceptance.lock", timeout=_SILENCE_S if is_changed else 0):
                 self.count()
-            self._next_s = max(self._next_s, began + REST * (time.monotonic() - began))
         except Timeout:
             log.debug("another process is counting")
         except (BackendError, OSError) as error:
@@ -325,6 +398,22 @@ class Acceptance:
         except Exception as error:
             log.exception("acceptance cannot be counted")
             self._problems.add("acceptance of pre-labels", f"unexpected {type(error).__name__}: {error}")
+
+    def _complete(self, saved: Sequence[tuple[str, int]]) -> None:
+        """Ask Label Studio which predictions these tasks have, where that is not known: events do not say it."""
+        asked = [(project, task) for project, task in saved if self._journal.lacks_predictions(project, task)]
+        if not asked or self._connect is None or time.monotonic() < self._silent_until_s:
+            return
+        try:
+            with self._connect() as label_studio:
+                for project, task in asked:
+                    try:
+                        self._journal.tell_predictions(project, task, label_studio.task(task).get("predictions"))
+                    except NotFound:
+                        continue
+        except LabelStudioError as error:
+            self._silent_until_s = time.monotonic() + _SILENCE_S
+            self._problems.add("acceptance of pre-labels", f"{error}; it is counted once the journal is reconciled")
 
     def _counted_s(self) -> float:
         return _mtime(self._path)
@@ -359,18 +448,6 @@ def _read(path: Path, stamp: tuple[int, int]) -> Json:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, value: Json) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".acceptance-", delete=False) as scratch:
-        try:
-            json.dump(value, scratch)
-            scratch.close()
-            os.replace(scratch.name, path)
-        except BaseException:
-            os.unlink(scratch.name)
-            raise
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -10,17 +10,20 @@ import gc
 import json
 import math
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from . import labelstudio
 from .errors import BadRequest
 from .labelstudio import LabelConfig
+from .rings import IntArray
 from .tile import FloatArray, Region, Tile, to_lonlat
 
 FROM = labelstudio.WHICH_ANNOTATIONS
@@ -32,10 +35,8 @@ _MOVED_PCT = 1e-3
 _CHUNK_BYTES = 1 << 20
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
-_STEP = np.zeros(256, np.int64)
-_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
-_IS_MARK = _STEP != 0
-_IS_MARK[ord('"')] = True
+_STEP = bytes.maketrans(b'[{]}"', b"\1\1\xff\xff\0")
+_NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 _IMAGE = re.compile(r"\.(?:jpe?g|png|webp|tiff?|bmp|gif)(?:[?#]|$)", re.IGNORECASE)
 
 
@@ -223,49 +224,133 @@ class Predicted:
         return a.shape != b.shape or not bool(np.allclose(a, b, rtol=0, atol=_MOVED_PCT))
 
 
-Outline = tuple[list[Any], str, float | None, Mapping[str, Any]]
-"""Points as they came, label, score and the result of a region that is one polygon."""
+class _PlainValue(msgspec.Struct, gc=False):
+    points: msgspec.Raw
+    polygonlabels: tuple[Annotated[str, msgspec.Meta(min_length=1)]]
+
+
+class PlainOutline(msgspec.Struct, gc=False):
+    """A region that is one labelled polygon."""
+
+    id: str
+    type: Literal["polygonlabels"]
+    value: _PlainValue
+    score: float | None = None
+    to_name: Any = None
+    origin: Any = None
+    image_rotation: Literal[0] | None = None
+    meta: Any = None
+    is_positive: msgspec.UnsetType = msgspec.UNSET
+
+
+_plain = msgspec.json.Decoder(list[PlainOutline])
 
 
 def plain_outlines(
     annotation: Mapping[str, Any], config: LabelConfig | None, to_name: str | None
-) -> list[Outline] | None:
+) -> list[PlainOutline] | None:
     """The annotation's regions where each is one labelled polygon and nothing is beside them; else None.
 
     What ``labelstudio.read_annotation`` would read from such an annotation, as long as the points are numbers from 0 to
     100 and make a valid ring, is just these outlines.
     """
     results = annotation.get("result")
-    if not isinstance(results, list) or annotation.get("was_cancelled"):
+    if annotation.get("was_cancelled"):
         return None
-    outlines: list[Outline] = []
-    seen: set[str] = set()
-    for result in results:
-        if type(result) is not dict or result.get("type") != "polygonlabels" or "is_positive" in result:
-            return None
-        value, identity, score = result.get("value"), result.get("id"), result.get("score")
-        if type(value) is not dict or not isinstance(identity, str) or identity in seen:
-            return None
-        points, names = value.get("points"), value.get("polygonlabels")
-        if type(points) is not list or type(names) is not list or len(names) != 1 or len(points) < 3:
-            return None
-        if (to_name is not None and result.get("to_name") != to_name) or result.get("image_rotation"):
-            return None
-        if "meta" in result or not isinstance(names[0], str) or not names[0]:
-            meta = result.get("meta")
-            if not names[0] or not isinstance(names[0], str) or (isinstance(meta, dict) and meta.get("object")):
-                return None
-        if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
-            return None
-        seen.add(identity)
-        outlines.append((points, names[0], None if score is None else float(score), result))
-    return outlines
+    try:
+        if not isinstance(results, msgspec.Raw):
+            results = msgspec.json.encode(results)
+        outlines = _plain.decode(results)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    if to_name is not None and any(outline.to_name != to_name for outline in outlines):
+        return None
+    if any(outline.meta.get("object") for outline in outlines if isinstance(outline.meta, dict)):
+        return None
+    return outlines if len({outline.id for outline in outlines}) == len(outlines) else None
 
 
-def tasks_in(path: Path) -> Iterator[dict[str, Any]]:
+def results_of(annotation: Mapping[str, Any]) -> Any:
+    """The annotation's ``result``, read where it has been left as it came."""
+    results = annotation.get("result")
+    if not isinstance(results, msgspec.Raw):
+        return results
+    try:
+        return msgspec.json.decode(results)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # Numbers beyond all bounds and half characters, which only Python reads.
+        return json.loads(bytes(results))
+
+
+_NO_NUMBER = b"0123456789.eE+- \t\r\n"
+
+
+def rings_pct(outlines: Sequence[PlainOutline]) -> tuple[FloatArray, IntArray]:
+    """The points of all outlines, one after the other, (M, 2) percent; and how many each has, (N,).
+
+    An outline that is not three or more pairs of numbers has none.
+    """
+    texts = [outline.value.points for outline in outlines]
+    counts = _pairs_in(texts)
+    listed = [text for text, count in zip(texts, counts, strict=True) if count]
+    try:
+        flat = _numbers.decode(b"[" + b",".join(listed).translate(None, b"[]") + b"]")
+    except msgspec.DecodeError:  # a number that is too great
+        if len(outlines) == 1:
+            return np.empty((0, 2)), np.zeros(1, np.int64)
+        # One strange outline does not make the others strange.
+        middle = len(outlines) // 2
+        halves = [rings_pct(half) for half in (outlines[:middle], outlines[middle:])]
+        return np.concatenate([points for points, _ in halves]), np.concatenate([counts for _, counts in halves])
+    return np.frombuffer(struct.pack(f"{len(flat)}d", *flat)).reshape(-1, 2), np.array(counts, np.int64)
+
+
+_numbers = msgspec.json.Decoder(list[float])
+
+
+def _pairs_in(texts: Sequence[msgspec.Raw]) -> list[int]:
+    """For each text the number of pairs where it is a list of three or more pairs of numbers, else 0."""
+    # What is left without the numbers tells how many there are, and that nothing else is there.
+    bones = b"\0".join(texts).translate(None, _NO_NUMBER).split(b"\0")
+    if len(bones) != len(texts):
+        return [_pairs_in([text])[0] if b"\0" not in bytes(text) else 0 for text in texts]
+    known: dict[bytes, int] = {}
+    for bone in set(bones):
+        count = len(bone) // 4
+        known[bone] = count if count >= 3 and bone == b"[" + b",".join([b"[,]"] * count) + b"]" else 0
+    return [known[bone] for bone in bones]
+
+
+class _Annotation(TypedDict, total=False):
+    """What an export takes from an annotation."""
+
+    id: Any
+    result: msgspec.Raw
+    was_cancelled: Any
+    ground_truth: Any
+    completed_by: Any
+    created_at: Any
+    updated_at: Any
+    lead_time: Any
+    prediction: Any
+
+
+class _Task(TypedDict, total=False):
+    id: Any
+    data: Any
+    predictions: Any
+    annotations: list[_Annotation] | None
+
+
+_any_tasks: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder()
+_thin_tasks = msgspec.json.Decoder(list[_Task])
+
+
+def tasks_in(path: Path, *, unread: bool = False) -> Iterator[dict[str, Any]]:
     """The tasks of a ``tasks.json`` or a Label Studio export, one after the other, without reading the file whole.
 
-    Raises BadRequest naming what is wrong with it.
+    ``unread`` leaves annotations' results as they came, as ``msgspec.Raw``, which `plain_outlines` and `results_of`
+    read; and leaves out what no export needs. Raises BadRequest naming what is wrong with it.
     """
     try:
         with path.open("rb") as file:
@@ -286,7 +371,7 @@ def tasks_in(path: Path) -> Iterator[dict[str, Any]]:
                         text += chunk
                         continue
                     end, is_cut = len(text), True
-                for task in _decoded(text[:end], number, path):
+                for task in _decoded(text[:end], number, path, _thin_tasks if unread else _any_tasks):
                     if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
                         raise BadRequest(f"{path}: task number {number} has no data object")
                     yield task
@@ -305,28 +390,37 @@ def tasks_in(path: Path) -> Iterator[dict[str, Any]]:
 def _whole_tasks(text: bytes) -> tuple[int, bool]:
     """Where the last whole task in the inside of a list ends; and whether the list itself does, then where."""
     # An escaped character is no quotation mark; the text keeps its length.
-    plain = np.frombuffer(_ESCAPED.sub(b"__", text) if b"\\" in text else text, np.uint8)
-    at = np.flatnonzero(_IS_MARK[plain])
-    mark = plain[at]
-    step = np.where(np.cumsum(mark == ord('"')) % 2, 0, _STEP[mark])
-    depth = np.cumsum(step)
-    closed = np.flatnonzero(depth < 0)
-    if len(closed):
-        return int(at[closed[0]]), True
-    ends = at[(depth == 0) & (step < 0)]
-    return (int(ends[-1]) + 1 if len(ends) else 0), False
+    plain = _ESCAPED.sub(b"__", text) if b"\\" in text else text
+    found = plain.translate(None, _NO_MARK)
+    marks = np.frombuffer(found, np.uint8)
+    is_outside = 1 - (np.cumsum(marks == ord('"'), dtype=np.uint8) & 1).view(np.int8)
+    step = np.frombuffer(found.translate(_STEP), np.int8) * is_outside
+    depth = np.cumsum(step, dtype=np.int32)
+    if len(closed := np.flatnonzero(depth < 0)):
+        return _place_of(plain, marks, int(closed[0])), True
+    ends = np.flatnonzero((depth == 0) & (step < 0))
+    return (_place_of(plain, marks, int(ends[-1])) + 1 if len(ends) else 0), False
 
 
-def _decoded(text: bytes, number: int, path: Path) -> Iterable[Any]:
+def _place_of(text: bytes, marks: NDArray[np.uint8], number: int) -> int:
+    """Where in the text the mark of that number stands, counted from the end, near which it is."""
+    mark, place = marks[number : number + 1].tobytes(), len(text)
+    for _ in range(int(np.count_nonzero(marks[number:] == marks[number]))):
+        place = text.rindex(mark, 0, place)
+    return place
+
+
+def _decoded(text: bytes, number: int, path: Path, decoder: msgspec.json.Decoder[Any]) -> Iterable[Any]:
     """The tasks in the inside of a list, from that number on. Raises BadRequest, UnicodeDecodeError."""
     inside = text.strip(_BLANK)
     if not inside:
         return ()
     if inside.startswith(b",") == (number > 0) and inside != b",":
         # Label Studio's own JSON is Python's, which may hold NaN and half characters: the slower reader takes them.
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError), _no_search_for_cycles():
-            tasks: list[Any] = msgspec.json.decode(b"[" + inside.removeprefix(b",") + b"]")
-            return tasks
+        for reader in (decoder, _any_tasks):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError), _no_search_for_cycles():
+                tasks: list[Any] = reader.decode(b"[" + inside.removeprefix(b",") + b"]")
+                return tasks
     return _decoded_one_by_one(text.decode(), number, path)
 
 

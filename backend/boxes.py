@@ -12,11 +12,17 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import shapely
+from shapely.errors import GEOSException
+from shapely.geometry.base import BaseGeometry
+
+from .whole import write_json
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +38,40 @@ _REACH = 0.05
 """A click belongs to a box as far outside as this share of the box's longer side: boxes are drawn a little off. Any
 further, and in a dense town the first click on the neighbour would count as one."""
 
+_LEAST_SHARED = 0.1
+"""Two answers are about one object where they share this much of the smaller one."""
+
 _VALUE_KEYS = ("x", "y", "width", "height", "rotation", "labels", "rectanglelabels")
+
+
+@dataclass(frozen=True, slots=True)
+class LastBox:
+    """A box that clicks may refine. Outlines are in percent of the image."""
+
+    prompt: Prompt
+    """The smart rectangle's result."""
+
+    answer: BaseGeometry
+    """What was answered to it alone; empty where that is not known."""
+
+    is_refined: bool
+    """Whether clicks refined it before."""
+
+    def may_be_done(self, clicks: Sequence[Prompt]) -> bool:
+        """Whether clicks that lie in it may begin another object: a first one, on ground that the answer leaves out."""
+        if self.is_refined or self.answer.is_empty or len(clicks) != 1 or clicks[0].get("is_positive", True) is False:
+            return False
+        value, box = clicks[0]["value"], self.prompt["value"]
+        apart = shapely.distance(self.answer, shapely.Point(float(value["x"]), float(value["y"])))
+        return bool(apart > _REACH * max(float(box["width"]), float(box["height"])))
+
+    def shares(self, alone: BaseGeometry) -> bool:
+        """Whether what a click gets without the box is about the same object, or about none."""
+        smaller = min(self.answer.area, alone.area)
+        try:
+            return bool(shapely.intersection(self.answer, alone).area >= _LEAST_SHARED * smaller)
+        except GEOSException:  # outlines that rounding made cross themselves
+            return True
 
 
 class LastBoxes:
@@ -54,13 +93,28 @@ class LastBoxes:
                 "value": {key: value[key] for key in _VALUE_KEYS if key in value},
             },
         }
-        path = self._path(project, task)
-        scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        self._write(project, task, kept)
+
+    def answered(self, project: str, task: Any, answer: BaseGeometry) -> None:
+        """Keep what was answered to the task's last box alone, in percent."""
+        self._add(project, task, answer=shapely.to_wkb(answer, hex=True))
+
+    def refined(self, project: str, task: Any) -> None:
+        """Clicks were answered together with the task's last box."""
+        self._add(project, task, is_refined=True)
+
+    def _add(self, project: str, task: Any, **more: Any) -> None:
+        try:
+            kept = {**json.loads(self._path(project, task).read_text(encoding="utf-8")), **more}
+        except (OSError, ValueError, TypeError):
+            return
+        self._write(project, task, kept)
+
+    def _write(self, project: str, task: Any, kept: Mapping[str, Any]) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
-            scratch.write_text(json.dumps(kept), encoding="utf-8")
-            os.replace(scratch, path)
+            write_json(self._path(project, task), kept)
         except (OSError, ValueError, TypeError) as error:
             log.warning("the box of task %s is not remembered: %s", task, error)
 
@@ -71,7 +125,7 @@ class LastBoxes:
         clicks: Sequence[Prompt],
         user: str = "",
         is_accepted: Callable[[str], bool] = lambda box_id: False,
-    ) -> Prompt | None:
+    ) -> LastBox | None:
         """The box that the clicks, keypoint results, refine; None where they mean another object, and then it is gone.
 
         They refine it where every click on the object lies in or at the box, or, with none such, a click off the object
@@ -90,12 +144,13 @@ class LastBoxes:
                 path.unlink(missing_ok=True)
                 return None
             os.utime(path)
+            answer = shapely.from_wkb(kept["answer"]) if "answer" in kept else shapely.Polygon()
+            return LastBox(box, answer, bool(kept.get("is_refined")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, GEOSException) as error:
             log.warning("the last box of task %s cannot be read: %s", task, error)
             return None
-        return box if isinstance(box, Mapping) else None
 
     def forget(self, project: str, task: Any) -> None:
         """The task's annotation was saved, or its last prompt deleted."""

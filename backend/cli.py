@@ -120,6 +120,13 @@ def _bar(title: str, total: float | None = 1.0) -> Iterator[Callable[..., None]]
         yield show
 
 
+def _config(file: Path | None) -> str:
+    """The text of a label config; of the one for buildings where none is named."""
+    from .push import DEFAULT_CONFIG
+
+    return (file or DEFAULT_CONFIG).read_text(encoding="utf-8")
+
+
 def _print(result: dict[str, Any], as_json: bool, sentence: str) -> None:
     typer.echo(json.dumps(result, indent=2, default=str) if as_json else sentence)
 
@@ -206,7 +213,9 @@ def ingest(
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Write no tiles; the backend makes each when it is asked for.")
     ] = False,
-    upload: Annotated[str, typer.Option(help="s3://bucket/prefix to write the tiles to, not to --out.")] = "",
+    upload: Annotated[
+        str, typer.Option(help="s3://bucket/prefix (gs:// az://) to write the tiles to, not to --out.")
+    ] = "",
     image_url_prefix: Annotated[
         str, typer.Option(help="Where browsers find the tiles; empty: this backend, or the --upload address.")
     ] = "",
@@ -246,9 +255,8 @@ def ingest(
     if prelabels:
         from .labelstudio import parse_config
         from .prelabels import Labelled
-        from .push import DEFAULT_CONFIG
 
-        label_config = parse_config((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        label_config = parse_config(_config(config))
         labelled = Labelled.of(prelabels, label_config, label=prelabel_label, field=prelabel_field)
     with _bar("cutting tiles") as show:
         report = run(
@@ -271,9 +279,14 @@ def push(
     connect: Annotated[
         bool, typer.Option("--connect/--no-connect", help="Connect the backend and its webhook.")
     ] = True,
-    storage_folder: Annotated[
-        Path | None, typer.Option(help="Push nothing: write a file a task, for a cloud storage to sync.")
-    ] = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            "--storage-folder",
+            help="Push nothing: write a file a task, to s3://bucket/prefix (gs:// az://) or a folder that is synced.",
+        ),
+    ] = "",
     checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Check first, as doctor does.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -282,20 +295,19 @@ def push(
     Example: geoprelabel push geoprelabel-data/tasks.json --project "My town"
     """
     from .annotations import tasks_in
-    from .push import DEFAULT_CONFIG, PATIENCE, write_for_storage
+    from .push import PATIENCE, write_for_storage
     from .push import push as run
     from .service import client_of
 
     settings = _settings()
     # Read twice: what is wrong with it is said before anything is sent, and no more than a part is in memory.
     total = sum(1 for _ in tasks_in(tasks))
-    if storage_folder is not None:
-        with _bar("writing") as show:
-            written = write_for_storage(tasks_in(tasks), storage_folder)
-            show(1.0, "tasks")
-        _print({"written": written, "tasks": total}, as_json, f"{written} of {total} tasks written to {storage_folder}")
+    if storage:
+        with _bar("writing", total) as show:
+            written = write_for_storage(tasks_in(tasks), storage, progress=show)
+        _print({"written": written, "tasks": total}, as_json, f"{written} of {total} tasks written to {storage}")
         return
-    label_config = (config or DEFAULT_CONFIG).read_text(encoding="utf-8")
+    label_config = _config(config)
     if checks:
         from .doctor import before_push
 
@@ -374,7 +386,6 @@ def predict(
     from .bulk import predict_project, predict_to_file
     from .cluster import Job
     from .datamanager import show_scores
-    from .push import DEFAULT_CONFIG
     from .service import client_of, project_key_of
 
     if (tasks is None) == (project is None) or (tasks is not None and out is None):
@@ -396,7 +407,7 @@ def predict(
             assert tasks is not None  # checked above
             assert out is not None
             count = sum(1 for _ in tasks_in(tasks))
-            job = Job((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+            job = Job(_config(config))
             crew = stack.enter_context(_crew(settings, job, workers, batch))
             report = predict_to_file(
                 lambda: tasks_in(tasks), out, crew.predict, fingerprint=crew.fingerprint, keep_blocks=keep_blocks,
@@ -458,7 +469,6 @@ def prewarm(
     from . import cluster
     from .annotations import tasks_in
     from .embeddings import EmbeddingFiles
-    from .push import DEFAULT_CONFIG
     from .service import Service, client_of, project_key_of
 
     if (tasks is None) == (project is None):
@@ -474,7 +484,7 @@ def prewarm(
         else:
             assert tasks is not None  # checked above
             listed, count = tasks_in(tasks), sum(1 for _ in tasks_in(tasks))
-            job = cluster.Job((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+            job = cluster.Job(_config(config))
         if workers or settings.dask_scheduler:
             client = stack.enter_context(_dask(settings, workers))
             warming: Iterable[bool | None] = cluster.warm_tasks(client, settings, job, listed)
@@ -517,7 +527,6 @@ def everything(
     """
     from .bulk import predict_to_file
     from .everything import EverythingOptions, everything_in_file
-    from .push import DEFAULT_CONFIG
     from .service import everything_in_tasks, parsed_config, proposer_of, read_tasks
 
     settings = _settings()
@@ -531,7 +540,7 @@ def everything(
         _print({"proposals": count}, as_json, f"{count} outlines of no class in {out}")
         return
     listed = read_tasks(source)
-    labels = parsed_config((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+    labels = parsed_config(_config(config))
     with _bar("looking", len(listed)) as show:
         report = predict_to_file(
             lambda: listed, out,
@@ -546,18 +555,21 @@ def train(
     project: Annotated[str, typer.Option(help="Label Studio's project number.")],
     annotations: Annotated[Path | None, typer.Option(help="A Label Studio JSON export instead of the server.")] = None,
     config: Annotated[Path | None, typer.Option(help="Label config, with --annotations.")] = None,
+    scheduler: Scheduler = None,
+    resources: Annotated[str | None, typer.Option(help="What a training asks of a Dask worker, e.g. GPU=1.")] = None,
     queued: Annotated[bool, typer.Option("--queued", hidden=True)] = False,
     piped: Annotated[bool, typer.Option("--piped", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn from a project's accepted annotations: the same training that the webhook starts.
+    """Learn from a project's accepted annotations: the same training that the webhook starts, at the same place.
 
     Example: geoprelabel train --project 3
     """
     from . import fit
     from .jobs import Jobs
+    from .registry import Registry
 
-    settings = _settings()
+    settings = _settings(dask_scheduler=scheduler, dask_training_resources=resources)
     number = project.split(".")[0]
     if not number.isdigit():
         raise BadRequest(f"--project must be Label Studio's project number, got {project!r}")
@@ -583,11 +595,33 @@ def train(
         tell_training(here, sys.stdout, sys.stdin)
         return
     with _bar("training") as show:
-        if annotations is not None:
+        if annotations is not None:  # a file that workers do not have
             done = fit.fit_export(settings, project, annotations, config, progress=show)
+        elif settings.dask_scheduler:
+            known = {version.name for version in Registry(settings).versions()}
+
+            def fitted(tell: fit.Progress) -> fit.Fitted:
+                version, message = there(tell)
+                return fit.Fitted(version, message, is_new=version not in known)
+
+            done = Jobs(settings).train_here(_project_key(settings, project), fitted, show)
         else:
-            done = fit.fit_project(settings, int(number), progress=show)
+            done = fit.fit_typed(settings, int(number), progress=show)
     _print(asdict(done), as_json, done.message)
+
+
+def _project_key(settings: Settings, project: str) -> str:
+    """The whole key of a project given by its number, as far as this machine can tell: trainings go by it."""
+    from .registry import Registry
+    from .service import client_of, project_key_of
+
+    if "." in project:
+        return project
+    if settings.label_studio_url:
+        with client_of(settings) as label_studio:
+            return project_key_of(label_studio.project(int(project)))
+    known = {v.project for v in Registry(settings).versions() if v.project.split(".")[0] == project}
+    return known.pop() if len(known) == 1 else project
 
 
 @app.command()

@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from .errors import BackendError, BadRequest, TrainingError, UnknownVersion
 from .jobs import NotNow
 from .predictor import Loaded
 from .problems import Problems
-from .registry import Registry
+from .registry import ModelVersion, Registry
 from .service import Service, prediction_fingerprint
 from .settings import Settings
 
@@ -55,6 +56,12 @@ RETRIES = 2
 _CONNECT_S = 10.0
 _FIRST_ANSWER_S = 600.0
 """A cluster that grows on demand may first have to get a machine, and that one to load the model."""
+
+_CACHE_MB = 32
+"""Of embeddings, and of images, in memory: nobody comes back to a tile of a bulk run."""
+
+_SCENE_CACHE_BYTES = 128 * 2**20
+"""Of GDAL's blocks, where tiles are made on demand: the next row of tiles needs some of this one's again."""
 
 _LOOK_EVERY_S = 2.0
 _LOOK_AT_TRAINING_S = 0.2
@@ -101,10 +108,10 @@ class Crew:
 @contextmanager
 def in_process(settings: Settings, job: Job) -> Iterator[Crew]:
     """This process predicts."""
-    service = Service(settings)
+    service = _frugal(settings)
     service.predictor.start()
     try:
-        service.predictor.wait(120)
+        service.predictor.wait(_FIRST_ANSWER_S)
         version = service.predictor.version(job.project)
         fingerprint = prediction_fingerprint(settings, version, job.label_config)
         yield Crew(lambda tasks: service.predict_tasks(tasks, job.label_config, job.project), version, fingerprint)
@@ -155,6 +162,7 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
     from distributed import Client, LocalCluster
 
     threads = max(1, cores // workers)
+    preload = dask.config.get("distributed.worker.preload")
     config = {
         # Libraries that each take all cores for a tile take them from each other.
         f"distributed.nanny.pre-spawn-environ.{name}": threads
@@ -163,6 +171,7 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 1,
         # Or a worker that died and is not back within 15 s never comes back: after the last one the run stands still.
         "distributed.deploy.lost-worker-timeout": "1000h",
+        "distributed.worker.preload": [*([preload] if isinstance(preload, str) else preload), __name__],
     }
     with dask.config.set(config):
         with warnings.catch_warnings():
@@ -178,6 +187,11 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
             )
         with made as cluster, Client(cluster, set_as_default=False) as client:
             yield client
+
+
+def dask_setup(worker: Any) -> None:
+    """Dask calls this in each process of `local`: Ctrl-C goes to all of them, and the one that was typed ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -310,9 +324,10 @@ def blind_workers(client: Client, folder: Path) -> list[str]:
 def train(settings: Settings, project: str, progress: Progress) -> tuple[str, str]:
     """Train a project on the cluster that settings name: the new version's name, and a sentence for people.
 
-    The caller holds the project's lock and waits. The worker's run ends with its worker and with this process, and at
-    the limits of time and memory; one whose worker died is begun again by the scheduler, and at last raises. Raises
-    NotNow where the cluster does not answer, BackendError as training does.
+    ``project`` is its key or its number. The caller waits, and holds the project's lock where the queue began it. The
+    worker's run ends with its worker and with this process, and at the limits of time and memory; one whose worker died
+    is begun again by the scheduler, and at last raises. Raises NotNow where the cluster does not answer, BackendError
+    as training does.
     """
     try:
         with remote(settings.dask_scheduler) as client:
@@ -331,12 +346,17 @@ def train(settings: Settings, project: str, progress: Progress) -> tuple[str, st
         raise NotNow(told["error"])
     if "error" in told:
         raise TrainingError(told["error"])
-    if not any(version.name == told["version"] for version in Registry(settings).versions(project)):
+    if not any(version.name == told["version"] for version in _versions_of(settings, project)):
         raise BackendError(
             f"the worker registered {told['version']} where this machine does not find it; both need the same"
             " MLFLOW_TRACKING_URI"
         )
     return told["version"], told["message"]
+
+
+def _versions_of(settings: Settings, project: str) -> list[ModelVersion]:
+    """Those of a project given by its key or number."""
+    return [v for v in Registry(settings).versions() if project in (v.project, v.project.split(".")[0])]
 
 
 def tell_training(run: Callable[[Progress], tuple[str, str]], out: IO[str], alive: IO[Any]) -> None:
@@ -384,9 +404,8 @@ def _opened(job: Job) -> tuple[Service, Loaded]:
         if _service is None or (_service.settings.embedding_disk_mb > 0) != job.keeps_embeddings:
             if _service is not None:
                 _service.close()
-            # Nobody comes back to a tile of a bulk run, and workers would wait for each other to tidy up the folder.
-            less = {} if job.keeps_embeddings else {"embedding_disk_mb": 0, "embedding_cache_mb": 32}
-            made = Service(Settings.from_environment(**less))
+            # Workers would wait for each other to tidy up the folder.
+            made = _frugal(Settings.from_environment(**({} if job.keeps_embeddings else {"embedding_disk_mb": 0})))
             made.predictor.start()
             made.predictor.wait(_FIRST_ANSWER_S)
             # The version is the run's: a thousand workers need not ask the registry every second.
@@ -404,6 +423,15 @@ def _opened(job: Job) -> tuple[Service, Loaded]:
             " workers need the same release, model registry (MLFLOW_TRACKING_URI) and settings"
         )
     return _service, model
+
+
+def _frugal(settings: Settings) -> Service:
+    """A service for tiles that come by once."""
+    from rasterio._env import get_gdal_config, set_gdal_config
+
+    set_gdal_config("GDAL_CACHEMAX", min(get_gdal_config("GDAL_CACHEMAX"), _SCENE_CACHE_BYTES))
+    less = {"embedding_cache_mb": min(_CACHE_MB, settings.embedding_cache_mb)}
+    return Service(settings.model_copy(update=less), image_cache_mb=_CACHE_MB)
 
 
 def _identified(job: Job) -> tuple[str, str]:

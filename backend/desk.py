@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 
 from .database import Database, DatabaseError, execute, now_s
+from .whole import write_json
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -35,6 +35,7 @@ LEASE_S = 20.0
 """Who holds a project in the database says at least so often that it still does; one that is silent has lost it."""
 
 _WAIT_S = 5.0
+_HASTE_S = 0.05
 _GLANCE_S = 0.2
 """Wait for another's write within an annotator's save."""
 
@@ -62,7 +63,7 @@ class Desk(Protocol):
     def change(self, project: str, kind: str, change: Callable[[Record], Record], *, is_hasty: bool = False) -> Record:
         """Put in place of a record what ``change`` makes of it, with nobody in between; gives that.
 
-        ``is_hasty`` where an annotator's save waits for it.
+        ``is_hasty`` where an annotator's save waits for it. Raises Timeout then, where somebody else is at it for long.
         """
 
     def projects(self, kind: str) -> list[str]:
@@ -90,19 +91,11 @@ class Files:
         return _read(self._path(project, kind))
 
     def write(self, project: str, kind: str, record: Record) -> None:
-        path = self._path(project, kind)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as scratch:
-            try:
-                json.dump(record, scratch)
-                scratch.close()
-                os.replace(scratch.name, path)
-            except BaseException:
-                os.unlink(scratch.name)
-                raise
+        write_json(self._path(project, kind), record)
 
     def change(self, project: str, kind: str, change: Callable[[Record], Record], *, is_hasty: bool = False) -> Record:
         path = self._path(project, kind)
-        with FileLock(f"{path}.lock"):
+        with FileLock(f"{path}.lock", timeout=_HASTE_S if is_hasty else -1, poll_interval=_HASTE_S / 10):
             record = change(_read(path))
             self.write(project, kind, record)
         return record

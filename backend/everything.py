@@ -8,9 +8,7 @@ until it is known which of them remain.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from .images import decode
 from .segmenter import Embedding
 from .tile import Region
 from .vectorize import VectorizeOptions
+from .whole import write_json
 
 FloatArray = NDArray[np.float64]
 
@@ -205,10 +204,7 @@ def everything_in_file(
     ]
     height, width = rgb.shape[:2]
     written = {"image": image.name, "width": width, "height": height, "proposals": proposals}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(written), encoding="utf-8")
-    os.replace(scratch, out)
+    write_json(out, written)
     return len(found)
 
 

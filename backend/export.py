@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,16 +30,17 @@ from shapely.geometry.base import BaseGeometry
 
 from . import annotations as drawn
 from . import labelstudio
-from .annotations import Making, Predicted, is_damage, is_repair
+from .annotations import Making, PlainOutline, Predicted, is_damage, is_repair
 from .datasets import KINDS, FileNames, Picture, SceneFeatures, check_name, write_dataset
 from .earth import Area, Lineage, area_of, checked_lineage, lineage_record, versions
 from .edits import Edit, Edits
 from .errors import BadRequest, BadTile, ExportError
-from .formats import FIELDS, Batch, Remark, check_ending, write, write_text
-from .ground import areas_m2, lonlat_geometries
+from .formats import FIELDS, Batch, Coded, Remark, check_ending, write, write_text
+from .ground import lonlat_outlines, outline_areas_m2
 from .labelstudio import LabelConfig
 from .report import Conflict, ExportReport, report_page
-from .seams import Pieces, View, WholeObject, near_pairs, seen, view_of, whole_objects
+from .rings import Outlines, Rings
+from .seams import Pieces, View, WholeObjects, near_pairs, seen, seen_rings, views_of, whole_objects
 from .sketch import ImageOf, Repair, Sketch, area_change
 from .spool import Spool
 from .tile import Tile
@@ -119,8 +121,8 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_settled())
-        shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(4))
-        store = _Store(shapes, regions, makings, joined)
+        rings, shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(5))
+        store = _Store(rings, shapes, regions, makings, joined)
         tally = _Tally(sketch=Sketch() if report_path is not None else None)
         edits, pointless = edits or Edits(), _pointless(options.format or out.suffix.lower())
         if pointless:
@@ -256,7 +258,10 @@ class _Scene:
     outlines: list[NDArray[Any]] = field(default_factory=list)
     """Records of ``_OUTLINE``, batch by batch."""
 
+    tiles: list[Tile] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
+    """Of the tiles; those that came last may still lack theirs."""
+
     addresses: list[tuple[str, Any]] = field(default_factory=list)
     """Image and task of each view."""
 
@@ -265,14 +270,18 @@ class _Scene:
         return zip(self.views, self.addresses, strict=True)
 
     def view(self, tile: Tile, address: str, task: Any) -> int:
-        """Number of the view that the tile is of the scene."""
-        view = view_of(tile, self.anchor)
-        box = np.array(view.outline.bounds)
-        old = box if self.bounds is None else self.bounds
-        self.bounds = np.concatenate((np.minimum(old, box)[:2], np.maximum(old, box)[2:]))
-        self.views.append(view)
+        """Number of the view that the tile is of the scene; it is there when the scene is settled."""
+        self.tiles.append(tile)
         self.addresses.append((address, task))
-        return len(self.views) - 1
+        return len(self.tiles) - 1
+
+    def settle(self) -> None:
+        """Find out where the tiles lie that came since the last time."""
+        new = views_of(self.tiles[len(self.views) :], self.anchor)
+        self.views += new
+        boxes = shapely.bounds(np.array([view.outline for view in new], dtype=object))
+        old = boxes if self.bounds is None else np.vstack((self.bounds, boxes))
+        self.bounds = np.concatenate((old.min(axis=0)[:2], old.max(axis=0)[2:]))
 
     def from_lonlat(self, geometry: BaseGeometry) -> BaseGeometry:
         """A shape on Earth in the frame of the scene."""
@@ -292,7 +301,8 @@ class _Scene:
 
 _OUTLINE = np.dtype(
     [
-        ("number", np.int64),  # in the spools
+        ("number", np.int64),  # in the spool of region ids
+        ("shape", np.int64),  # in the spool of rings, or of shapes
         ("box", np.float64, 4),
         ("area_px", np.float64),
         ("score", np.float64),  # NaN where unknown
@@ -305,6 +315,7 @@ _OUTLINE = np.dtype(
         ("is_whole", bool),
         ("is_sliver", bool),
         ("is_point", bool),
+        ("is_ring", bool),
     ]
 )
 """What is kept in memory of an outline."""
@@ -314,8 +325,11 @@ _OUTLINE = np.dtype(
 class _Store:
     """What does not fit into memory, by number, and the texts that outlines share."""
 
+    rings: Spool
+    """Outlines without holes, in pixels of their scene's anchor, as points."""
+
     shapes: Spool
-    """Outlines, in pixels of their scene's anchor, as WKB."""
+    """The others, as WKB."""
 
     regions: Spool
     """Ids of the regions that an outline was made of, one after the other, a zero byte between them."""
@@ -334,26 +348,32 @@ class _Store:
     def number_of(self, text: str) -> int:
         return self.texts.setdefault(text, len(self.texts))
 
-    def fetch(self, numbers: NDArray[np.int64]) -> NDArray[np.object_]:
-        return np.asarray(shapely.from_wkb(np.array(self.shapes.read(numbers), dtype=object)))
+    def fetch(self, rows: NDArray[Any]) -> Outlines:
+        """The outlines of ``_OUTLINE`` records."""
+        ring_at, other_at = np.flatnonzero(rows["is_ring"]), np.flatnonzero(~rows["is_ring"])
+        rings = Rings(*self.rings.read_rows(rows["shape"][ring_at], _POINT))
+        others = shapely.from_wkb(np.array(self.shapes.read(rows["shape"][other_at]), dtype=object))
+        return Outlines(rings, ring_at, np.asarray(others), other_at)
 
     def add_making(self, making: Making) -> int:
         ids = (making.task, making.annotation)
         if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in ids):
             self.ids_are_numbers = False
         values = [getattr(making, name) for name in _MAKING]
-        self.makings.append([json.dumps(values, default=str, ensure_ascii=False).encode(errors="replace")])
+        self.makings.append([_encode(values).encode(errors="replace")])
         return len(self.makings) - 1
 
     def making(self, number: int) -> Making:
         return Making(*json.loads(self.makings.read([number])[0]))
 
 
+_encode = json.JSONEncoder(default=str, ensure_ascii=False).encode
+_POINT = np.dtype((np.float64, 2))
 _MAKING = tuple(Making.__dataclass_fields__)
 
 
 class _Outline(NamedTuple):
-    """A region, or the parts of an object, under way to the store."""
+    """The parts of an object, or a point, under way to the store."""
 
     source: _Source
     label: str
@@ -361,18 +381,11 @@ class _Outline(NamedTuple):
     regions: tuple[str, ...]
     edited: bool | None
     version: str | None
-
-    points_pct: list[Any] | None = None
-    """Of a single polygon that has not been looked at; None where ``shape`` is known."""
-
-    result: Mapping[str, Any] | None = None
-    """What the points were read from."""
-
-    shape: BaseGeometry | None = None
+    shape: BaseGeometry
     """In pixels of the tile."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Source:
     """An annotation on one image."""
 
@@ -387,7 +400,12 @@ class _Source:
 
     @property
     def tile(self) -> Tile:
-        return self.scene.views[self.view].tile
+        return self.scene.tiles[self.view]
+
+    @cached_property
+    def results(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the annotation holds, by region id, where it is plain."""
+        return {result["id"]: result for result in drawn.results_of(self.annotation)}
 
 
 class _Reader:
@@ -403,7 +421,8 @@ class _Reader:
         self._store = store
         self._tally = tally
         self._scenes: dict[tuple[str, str], _Scene] = {}
-        self._waiting: list[_Outline] = []
+        self._waiting: dict[int, list[tuple[_Source, list[PlainOutline] | list[_Outline]]]] = {}
+        self._under_way = 0
 
     def read(self, task: Mapping[str, Any]) -> None:
         """Take a task's outlines in."""
@@ -432,8 +451,10 @@ class _Reader:
                 predicted = Predicted.on(task, annotation)
                 source = _Source(annotation, task, to_name, scene, view, making, self._tally.tasks, predicted)
                 plain = drawn.plain_outlines(annotation, self._config, to_name)
-                self._waiting += self._plain(plain, source) if plain is not None else self._careful(source, annotation)
-        if len(self._waiting) >= _BATCH_OUTLINES:
+                outlines = plain if plain is not None else self._careful(source, annotation)
+                self._waiting.setdefault(id(scene), []).append((source, outlines))
+                self._under_way += len(outlines)
+        if self._under_way >= _BATCH_OUTLINES:
             self._store_waiting()
 
     def finish(self) -> list[_Scene]:
@@ -441,18 +462,10 @@ class _Reader:
         self._store_waiting()
         return list(self._scenes.values())
 
-    @staticmethod
-    def _plain(outlines: Iterable[drawn.Outline], source: _Source) -> Iterator[_Outline]:
-        was_edited, version_of = source.predicted.was_edited, source.predicted.versions.get
-        for points, label, score, result in outlines:
-            identity = result["id"]
-            yield _Outline(
-                source, label, score, (identity,), was_edited(result), version_of(identity), points, result
-            )  # fmt: skip
-
     def _careful(self, source: _Source, annotation: Mapping[str, Any]) -> list[_Outline]:
         """An annotation's objects, each looked at on its own, and what was wrong with them."""
         options, tally = self._options, self._tally
+        annotation = {**annotation, "result": drawn.results_of(annotation)}
         try:
             read = labelstudio.read_annotation(annotation, source.tile, config=self._config, to_name=source.to_name)
         except BadRequest as error:
@@ -539,95 +552,147 @@ class _Reader:
 
     def _store_waiting(self) -> None:
         """Bring what waits into its scene's frame, all at once, and lay it down."""
-        waiting, self._waiting = self._waiting, []
-        outlines: list[_Outline] = []
-        shapes: list[BaseGeometry | None] = []
-        for outline, shape in zip(waiting, _polygons_px(waiting), strict=True):
-            if shape is not None:
-                # Counted here for what was plain, and before for what was read with care.
-                self._tally.regions += outline.points_pct is not None
-                outlines.append(outline)
-                shapes.append(shape)
-            else:
-                careful = self._careful(outline.source, {**outline.source.annotation, "result": [outline.result]})
-                outlines += careful
-                shapes += [one.shape for one in careful]
+        waiting, self._waiting, self._under_way = self._waiting, {}, 0
+        for listed in waiting.values():
+            self._lay_down(listed[0][0].scene, listed)
+
+    def _lay_down(self, scene: _Scene, waiting: Sequence[tuple[_Source, list[PlainOutline] | list[_Outline]]]) -> None:
+        """What was drawn on one scene, in order: rings as arrays, and one by one what takes more care."""
+        scene.settle()
+        plain: list[PlainOutline] = []
+        sources: list[_Source] = []
+        sizes: list[int] = []
+        # With the number of the plain outline that each comes before, or stands for.
+        careful: list[tuple[int, _Outline]] = []
+        for source, outlines in waiting:
+            if outlines and isinstance(outlines[0], _Outline):
+                careful += [(len(plain), outline) for outline in outlines if isinstance(outline, _Outline)]
+            elif outlines:
+                plain += [outline for outline in outlines if isinstance(outline, PlainOutline)]
+                sources.append(source)
+                sizes.append(len(outlines))
+        rings, ring_at = _rings_px(plain, sources, sizes)
+        of_source = np.repeat(np.arange(len(sources)), sizes)
+        is_odd = np.ones(len(plain), bool)
+        is_odd[ring_at] = False
+        for number in np.flatnonzero(is_odd).tolist():
+            source, identity = sources[of_source[number]], plain[number].id
+            result = [result for result in drawn.results_of(source.annotation) if result["id"] == identity]
+            careful += [(number, one) for one in self._careful(source, {**source.annotation, "result": result})]
+        self._tally.regions += len(ring_at)
+        rows = [
+            self._ring_rows(scene, rings, [plain[number] for number in ring_at.tolist()], sources, of_source[ring_at]),
+            self._other_rows(scene, [outline for _, outline in careful]),
+        ]
+        order = np.argsort(
+            np.concatenate((ring_at, np.array([at for at, _ in careful], np.int64) - 0.5)), kind="stable"
+        )
+        scene.outlines.append(np.concatenate(rows)[order])
+
+    def _ring_rows(
+        self,
+        scene: _Scene,
+        rings_px: Rings,
+        outlines: Sequence[PlainOutline],
+        sources: Sequence[_Source],
+        of_source: NDArray[np.int64],
+    ) -> NDArray[Any]:
+        """Records of outlines that are rings, in pixels of their tiles, each of one of the sources; they are stored."""
+        store = self._store
+        rows = self._rows(len(outlines))
+        if not len(outlines):
+            return rows
+        of_point = of_source[rings_px.owner]
+        views = [scene.views[source.view] for source in sources]
+        rings = Rings(_moved(rings_px.points, views, of_point), rings_px.lengths)
+        rows["shape"] = np.arange(len(store.rings), len(store.rings) + len(rings))
+        rows["is_ring"] = True
+        rows["box"] = rings.bounds
+        rows["area_px"] = np.abs(rings.areas)
+        rows["score"] = [outline.score for outline in outlines]
+        labels = [outline.value.polygonlabels[0] for outline in outlines]
+        numbers = {label: store.number_of(label) for label in dict.fromkeys(labels)}
+        rows["label"] = [numbers[label] for label in labels]
+        rows["annotation"] = np.array([source.making for source in sources])[of_source]
+        rows["task"] = np.array([source.task_number for source in sources])[of_source]
+        rows["view"] = np.array([source.view for source in sources])[of_source]
+        rows["version"], rows["edited"] = -1, -1
+        told = [number for number, outline in enumerate(outlines) if outline.origin is not None]
+        predicted = np.array([bool(source.predicted.results) for source in sources])
+        for number in sorted({*told, *np.flatnonzero(predicted[of_source]).tolist()}):
+            source, outline = sources[of_source[number]], outlines[number]
+            version = source.predicted.versions.get(outline.id)
+            rows["version"][number] = -1 if version is None else store.number_of(version)
+            edited = source.predicted.was_edited(source.results[outline.id])
+            rows["edited"][number] = -1 if edited is None else edited
+        rows["is_whole"], rows["is_sliver"] = seen_rings(scene.views, rows["view"], rings)
+        store.rings.append_rows(rings.points, rings.lengths)
+        store.regions.append([outline.id.encode(errors="replace") for outline in outlines])
+        return rows
+
+    def _other_rows(self, scene: _Scene, outlines: Sequence[_Outline]) -> NDArray[Any]:
+        """The same of all other outlines."""
+        store = self._store
+        rows = self._rows(len(outlines))
         if not outlines:
-            return
-        by_scene: dict[int, list[int]] = {}
-        for position, outline in enumerate(outlines):
-            by_scene.setdefault(id(outline.source.scene), []).append(position)
-        in_px = np.array(shapes, dtype=object)
-        for positions in by_scene.values():
-            self._lay_down([outlines[i] for i in positions], in_px[positions])
-
-    def _lay_down(self, outlines: list[_Outline], shapes_px: NDArray[np.object_]) -> None:
-        """Outlines of one scene."""
-        scene, store = outlines[0].source.scene, self._store
-        view = np.array([outline.source.view for outline in outlines])
-        used, which = np.unique(view, return_inverse=True)
-        views = [scene.views[number] for number in used.tolist()]
-        matrix, offset = np.array([view.matrix for view in views]), np.array([view.offset for view in views])
+            return rows
+        shapes_px = np.array([outline.shape for outline in outlines], dtype=object)
         points, owner = shapely.get_coordinates(shapes_px, return_index=True)
-        at = which[owner]
-        points = np.einsum("ni,nij->nj", points, matrix[at]) + offset[at]
-        shapes = shapely.set_coordinates(shapes_px.copy(), points)
-
-        rows = np.zeros(len(outlines), _OUTLINE)
-        first = len(store.shapes)
-        rows["number"] = np.arange(first, first + len(outlines))
+        views = [scene.views[outline.source.view] for outline in outlines]
+        shapes = shapely.set_coordinates(shapes_px.copy(), _moved(points, views, owner))
+        rows["shape"] = np.arange(len(store.shapes), len(store.shapes) + len(shapes))
         rows["box"] = shapely.bounds(shapes)
         rows["area_px"] = shapely.area(shapes)
-        rows["score"] = [np.nan if outline.score is None else outline.score for outline in outlines]
+        rows["score"] = [outline.score for outline in outlines]
         rows["label"] = [store.number_of(outline.label) for outline in outlines]
         rows["version"] = [-1 if o.version is None else store.number_of(o.version) for o in outlines]
         rows["annotation"] = [outline.source.making for outline in outlines]
         rows["task"] = [outline.source.task_number for outline in outlines]
-        rows["view"] = view
+        rows["view"] = [outline.source.view for outline in outlines]
         rows["edited"] = [-1 if outline.edited is None else outline.edited for outline in outlines]
-        rows["is_whole"], rows["is_sliver"] = seen(scene.views, view, shapes)
+        rows["is_whole"], rows["is_sliver"] = seen(scene.views, rows["view"], shapes)
         rows["is_point"] = shapely.get_type_id(shapes) == shapely.GeometryType.POINT
-        scene.outlines.append(rows)
         store.shapes.append(shapely.to_wkb(shapes))
         store.regions.append(_joined_texts(outline.regions) for outline in outlines)
+        return rows
+
+    def _rows(self, count: int) -> NDArray[Any]:
+        """That many records of outlines, numbered on."""
+        rows = np.zeros(count, _OUTLINE)
+        rows["number"] = np.arange(len(self._store.regions), len(self._store.regions) + count)
+        return rows
 
 
-def _polygons_px(outlines: Sequence[_Outline]) -> list[BaseGeometry | None]:
-    """Each outline as a polygon in pixels of its tile; None for a plain one that has to be looked at with care."""
-    shapes: list[BaseGeometry | None] = [outline.shape for outline in outlines]
-    plain = [i for i, outline in enumerate(outlines) if outline.points_pct is not None]
-    if not plain:
-        return shapes
-    rings: list[list[Any]] = [outlines[i].points_pct or [] for i in plain]
-    lengths = np.fromiter(map(len, rings), np.int64, len(rings))
-    try:
-        if set(map(len, chain.from_iterable(rings))) != {2}:
-            raise ValueError("points must be pairs")
-        flat = chain.from_iterable(chain.from_iterable(rings))
-        points = np.fromiter(flat, np.float64, 2 * int(lengths.sum())).reshape(-1, 2)
-    except (TypeError, ValueError, OverflowError):
-        if len(outlines) == 1:
-            return [None]
-        # One strange outline does not make the others strange.
-        middle = len(outlines) // 2
-        return _polygons_px(outlines[:middle]) + _polygons_px(outlines[middle:])
-    owner = np.repeat(np.arange(len(rings)), lengths)
-    sources: dict[_Source, int] = {}
-    by = [sources.setdefault(outlines[i].source, len(sources)) for i in plain]
-    px_per_pct = np.array([source.tile.size for source in sources], np.float64) / 100.0
-    is_odd = np.zeros(len(rings), bool)
-    is_odd[owner[~((points >= 0) & (points <= 100)).all(axis=1)]] = True
-    # Label Studio's rings are open; a point twice in a row is for `vectorize.unbridge` to judge.
-    is_odd[owner[1:][(owner[1:] == owner[:-1]) & (points[1:] == points[:-1]).all(axis=1)]] = True
-    starts = np.cumsum(lengths) - lengths
-    is_odd |= (points[starts] == points[starts + lengths - 1]).all(axis=1)
-    polygons: Any = shapely.polygons(
-        shapely.linearrings(np.where(np.isfinite(points), points, 0.0) * px_per_pct[by][owner], indices=owner)
-    )
-    is_odd |= ~shapely.is_valid(polygons)
-    for position, polygon, odd in zip(plain, polygons, is_odd.tolist(), strict=True):
-        shapes[position] = None if odd else polygon
-    return shapes
+def _rings_px(
+    outlines: Sequence[PlainOutline], sources: Sequence[_Source], sizes: Sequence[int]
+) -> tuple[Rings, NDArray[np.int64]]:
+    """Those of the outlines that are simple rings within their tiles, in pixels of those; and which they are.
+
+    Of each source come as many outlines as its size says.
+    """
+    points, lengths = drawn.rings_pct(outlines)
+    numbers = np.flatnonzero(lengths)
+    lengths = lengths[numbers]
+    owner = np.repeat(numbers, lengths)
+    px_per_pct = np.array([source.tile.size for source in sources], np.float64).reshape(-1, 2) / 100.0
+    of_source = np.repeat(np.arange(len(sources)), sizes)
+    rings = Rings.closed(points * px_per_pct[of_source[owner]], lengths)
+    # A point twice in a row, as where the last is the first, is for `vectorize.unbridge` to judge.
+    is_plain = rings.are_simple()
+    outside = owner[~((points >= 0) & (points <= 100)).all(axis=1)]
+    if len(outside):
+        is_plain &= ~np.isin(numbers, outside)
+    if not is_plain.all():
+        rings, numbers = rings.take(np.flatnonzero(is_plain)), numbers[is_plain]
+    return rings, numbers
+
+
+def _moved(points: NDArray[np.float64], views: Sequence[View], at: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Points (N, 2) in pixels of views' tiles to those of the scene; ``at`` (N,) says of which view each is."""
+    matrix, offset = np.array([view.matrix for view in views]), np.array([view.offset for view in views])
+    if (matrix == np.eye(2)).all():
+        return np.asarray(points + offset[at])
+    return np.asarray(np.einsum("ni,nij->nj", points, matrix[at]) + offset[at])
 
 
 def _why_chosen(annotation: Mapping[str, Any], options: ExportOptions) -> str:
@@ -638,11 +703,12 @@ def _why_chosen(annotation: Mapping[str, Any], options: ExportOptions) -> str:
     return "the newest ground truth" if is_truth else "the newest annotation"
 
 
-def _mean(values: Sequence[float | None], areas_px: Sequence[float]) -> float | None:
+def _mean(scores: NDArray[np.float64], areas_px: NDArray[np.float64]) -> float | None:
     """The mean, by area, of those that are known; None where none is. Points count the same."""
-    known = [(value, area or 1.0) for value, area in zip(values, areas_px, strict=True) if value is not None]
+    known = [(score, area or 1.0) for score, area in zip(scores.tolist(), areas_px.tolist(), strict=True)]
+    known = [(score, weight) for score, weight in known if score == score]
     total = sum(weight for _, weight in known)
-    return sum(value * weight for value, weight in known) / total if known else None
+    return sum(score * weight for score, weight in known) / total if known else None
 
 
 def _any_edit(edits: Sequence[bool | None]) -> bool | None:
@@ -687,7 +753,7 @@ def _write(
         SceneFeatures(
             scene.name,
             [Picture(view, task, address, names.of(address, task)) for view, (address, task) in scene.pictures()],
-            features,
+            ((batch, outlines_px.shapes) for batch, outlines_px in features),
         )
         for scene, features in zip(scenes, by_scene, strict=True)
     )
@@ -713,37 +779,36 @@ def _features_of(
     tally: _Tally,
     remarks: list[Remark],
     edits: _Edits,
-) -> Iterator[tuple[Batch, NDArray[np.object_]]]:
-    """The features of a scene with their shapes in its frame; after the last one its conflicts are in the tally."""
+) -> Iterator[tuple[Batch, Outlines]]:
+    """The features of a scene with their outlines in its frame; after the last one its conflicts are in the tally."""
     rows = np.concatenate([*scene.outlines, np.empty(0, _OUTLINE)])
     scene.outlines.clear()
     watches = bool(edits.read) or len(np.unique(rows["label"])) > 1
     features = _Features(scene, rows, store, texts, edits, watch_conflicts=watches)
     batches = (features.batch(objects, tally) for objects in _whole_objects(scene, rows, store, options, tally))
-    for batch, shapes_px in chain(batches, (features.drawn_on_desktop() for _ in range(1))):
+    for batch, outlines_px in chain(batches, (features.drawn_on_desktop() for _ in range(1))):
         if not len(batch):
             continue
-        yield batch, shapes_px
+        yield batch, outlines_px
+        labels = Coded.of(batch.columns["label"])
         if tally.sketch is not None:
-            tally.sketch.add_features(batch.geometry, batch.columns["label"])
-        tally.labels.update(batch.columns["label"])
-        for label, area_m2 in zip(batch.columns["label"], batch.columns["area_m2"], strict=True):
-            tally.label_area_m2[label] += area_m2 or 0.0
+            tally.sketch.add_features(batch.geometry, labels)
+        counts = np.bincount(labels.codes, minlength=len(labels.values)).tolist()
+        areas = np.nan_to_num(np.array(batch.columns["area_m2"], np.float64))
+        sums = np.bincount(labels.codes, areas, minlength=len(labels.values)).tolist()
+        for label, count, area_m2 in zip(labels.values, counts, sums, strict=True):
+            tally.labels[label] += count
+            tally.label_area_m2[label] += area_m2
     features.find_conflicts(tally, remarks)
 
 
 def _whole_objects(
     scene: _Scene, rows: NDArray[Any], store: _Store, options: ExportOptions, tally: _Tally
-) -> Iterator[list[WholeObject]]:
+) -> Iterator[WholeObjects]:
     """Objects of the scene, each once, in batches."""
-
-    def fetch(numbers: NDArray[np.int64]) -> NDArray[np.object_]:
-        return store.fetch(rows["number"][numbers])
-
     if not options.merge_seams:
-        for start in range(0, len(rows), 4096):
-            numbers = np.arange(start, min(start + 4096, len(rows)))
-            yield [WholeObject(shape, (i,)) for i, shape in zip(numbers.tolist(), fetch(numbers), strict=True)]
+        for start in range(0, len(rows), _BATCH_OUTLINES):
+            yield WholeObjects.alone(np.arange(start, min(start + _BATCH_OUTLINES, len(rows))))
         return
     # Points and outlines of one label are not joined.
     kind = rows["label"].astype(np.int64) * 2 + rows["is_point"]
@@ -763,11 +828,11 @@ def _whole_objects(
         is_whole=rows["is_whole"],
         is_sliver=rows["is_sliver"],
         views=scene.views,
-        fetch=fetch,
+        fetch=lambda numbers: store.fetch(rows[numbers]).shapes,
     )
     for objects in whole_objects(pieces, simplify_px=options.simplify_px):
-        tally.merged += sum(item.outlines > 1 for item in objects)
-        tally.duplicates += sum(len(item.pieces) - item.outlines for item in objects)
+        tally.merged += int((objects.outlines > 1).sum())
+        tally.duplicates += int((np.diff(objects.starts) - objects.outlines).sum())
         yield objects
 
 
@@ -795,85 +860,122 @@ class _Features:
         self._written: list[NDArray[Any]] = []
         self._first = len(store.joined)
 
-    def batch(self, objects: Sequence[WholeObject], tally: _Tally) -> tuple[Batch, NDArray[np.object_]]:
-        """Features of objects, and their shapes in the scene's frame.
+    def batch(self, objects: WholeObjects, tally: _Tally) -> tuple[Batch, Outlines]:
+        """Features of objects, and their outlines in the scene's frame.
 
         Those of which nothing is left on the grid of coordinates are counted.
         """
-        shapes = np.array([item.shape for item in objects], dtype=object)
-        geometry = lonlat_geometries(shapes, self._scene.anchor, self._area)
-        is_left = np.array([shape is not None for shape in geometry], bool)
-        if not is_left.all():
-            tally.dropped["smaller than the coordinates can tell"] += int((~is_left).sum())
-            objects = [item for item, left in zip(objects, is_left.tolist(), strict=True) if left]
-            shapes, geometry = shapes[is_left], geometry[is_left]
+        outlines_px = self._outlines(objects)
+        outlines = lonlat_outlines(outlines_px, self._scene.anchor, self._area)
+        lost = outlines.other_at[shapely.is_missing(outlines.others)]
+        if len(lost):
+            tally.dropped["smaller than the coordinates can tell"] += len(lost)
+            left = np.setdiff1d(np.arange(len(objects)), lost)
+            objects, outlines, outlines_px = objects.take(left), outlines.take(left), outlines_px.take(left)
         columns = self._columns(objects)
         if self._edits.read:
-            kept = self._edits.apply(self._scene, columns, geometry, shapes)
-            columns = {name: [values[i] for i in kept] for name, values in columns.items() if name != "area_m2"}
-            geometry, shapes = geometry[kept], shapes[kept]
-        columns["area_m2"] = _areas_m2(geometry)
-        self._keep(shapes, columns)
-        return Batch(geometry, columns), shapes
+            listed = {name: list(values) for name, values in columns.items()}
+            geometry, shapes_px = outlines.shapes, outlines_px.shapes
+            kept = self._edits.apply(self._scene, listed, geometry, shapes_px)
+            columns = {name: [values[i] for i in kept] for name, values in listed.items()}
+            outlines, outlines_px = Outlines.of(geometry[kept]), Outlines.of(shapes_px[kept])
+        columns["area_m2"] = _areas_m2(outlines)
+        self._keep(outlines_px, columns)
+        return Batch(outlines, columns), outlines_px
 
-    def drawn_on_desktop(self) -> tuple[Batch, NDArray[np.object_]]:
+    def _outlines(self, objects: WholeObjects) -> Outlines:
+        """Outlines of objects, in the scene's frame."""
+        kept = np.flatnonzero(objects.piece >= 0)
+        found = self._store.fetch(self._rows[objects.piece[kept]])
+        if not objects.joined:
+            return found
+        joined = np.full(len(objects.joined), None, dtype=object)
+        joined[:] = list(objects.joined.values())
+        at = np.concatenate((kept[found.other_at], np.array(list(objects.joined), np.int64)))
+        order = np.argsort(at)
+        return Outlines(
+            found.rings, kept[found.ring_at], np.concatenate((found.others, joined))[order], at[order]
+        )  # fmt: skip
+
+    def drawn_on_desktop(self) -> tuple[Batch, Outlines]:
         """Features that a desktop GIS added to the scene."""
         added = self._edits.added_to(self._scene)
-        geometry = np.array([edit.geometry for _, edit in added], dtype=object)
-        shapes = np.array([self._scene.from_lonlat(edit.geometry) for _, edit in added], dtype=object)
+        outlines = Outlines.of(edit.geometry for _, edit in added)
+        outlines_px = Outlines.of(self._scene.from_lonlat(edit.geometry) for _, edit in added)
         unknown: dict[str, list[Any]] = {
             name: [[] if kind == "ids" else None for _ in added] for name, kind in FIELDS.items()
         }
         columns = unknown | {
             "id": [identity for identity, _ in added],
             "label": [edit.label for _, edit in added],
-            "area_m2": _areas_m2(geometry),
+            "area_m2": _areas_m2(outlines),
             "scene": [self._scene.name] * len(added),
             "edited": [True] * len(added),
         }
-        self._keep(shapes, columns)
-        return Batch(geometry, columns), shapes
+        self._keep(outlines_px, columns)
+        return Batch(outlines, columns), outlines_px
 
-    def _columns(self, objects: Sequence[WholeObject]) -> dict[str, list[Any]]:
-        """All attributes but the area, in the order of ``formats.FIELDS``."""
-        scene, store, texts = self._scene, self._store, self._texts
-        counts = np.array([len(item.pieces) for item in objects], np.int64)
-        rows = self._rows[np.fromiter(chain.from_iterable(item.pieces for item in objects), np.int64, counts.sum())]
-        ends = np.cumsum(counts)
-        firsts = ends - counts
-        used, which = np.unique(rows["annotation"], return_inverse=True)
+    def _columns(self, objects: WholeObjects) -> dict[str, Sequence[Any]]:
+        """All attributes but the area."""
+        store, texts = self._store, self._texts
+        rows, firsts = self._rows[objects.members], objects.starts[:-1]
+        used, by = np.unique(rows["annotation"], return_inverse=True)
         makings = [Making(*values) for values in _json_lists(store.makings.read(used.astype(np.int64)))]
-        listed = [text.decode(errors="replace").split("\0") for text in store.regions.read(rows["number"])]
-        regions = [
-            [f"{makings[number].task}/{region}" for region in some]
-            for number, some in zip(which.tolist(), listed, strict=True)
-        ]
-        spans = [slice(*span) for span in zip(firsts.tolist(), ends.tolist(), strict=True)]
-        scores = [score if score == score else None for score in rows["score"].tolist()]
-        versions_of = [texts[number] if number >= 0 else None for number in rows["version"].tolist()]
-        edits = [None if edited < 0 else edited > 0 for edited in rows["edited"].tolist()]
-        areas_px, by = rows["area_px"].tolist(), which.tolist()
-        # Most features are made of one outline, and for the others that is where to start.
-        alone = [self._made([making]) for making in makings]
-        made = [alone[number] for number in which[firsts].tolist()]
-        columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
-        columns["label"] = [texts[number] for number in rows["label"][firsts].tolist()]
-        columns["id"] = [
-            _stable_id(scene.name, label, list(chain.from_iterable(regions[span])))
-            for label, span in zip(columns["label"], spans, strict=True)
-        ]
-        columns["scene"] = [scene.name] * len(objects)
-        columns["score"], columns["model_version"], columns["edited"] = (
-            [values[span.start] for span in spans] for values in (scores, versions_of, edits)
-        )
-        for at in np.flatnonzero(counts > 1).tolist():
-            span = spans[at]
-            columns["score"][at] = _mean(scores[span], areas_px[span])
-            columns["model_version"][at] = ", ".join(sorted(set(filter(None, versions_of[span])))) or None
-            columns["edited"][at] = _any_edit(edits[span])
-            if len(numbers := dict.fromkeys(by[span])) > 1:
-                made[at] = self._made([makings[number] for number in numbers])
-        return columns | {name: [one[name] for one in made] for name in self._made([])}
+        # What is the same for many features, as of one annotation, is put together once.
+        annotations, versions, edits = (column.tolist() for column in (by, rows["version"], rows["edited"]))
+        known: dict[tuple[Any, ...], int] = {}
+        shared: list[dict[str, Any]] = []
+
+        def shared_by(span: slice) -> int:
+            key = (tuple(annotations[span]), tuple(versions[span]), tuple(edits[span]))
+            if key not in known:
+                known[key] = len(shared)
+                shared.append(self._shared([makings[number] for number in dict.fromkeys(key[0])], *key[1:]))
+            return known[key]
+
+        kind = ((by * (len(texts) + 1) + rows["version"] + 1) * 3 + rows["edited"] + 1)[firsts]
+        _, some, which = np.unique(kind, return_index=True, return_inverse=True)
+        codes = np.array([shared_by(slice(at, at + 1)) for at in firsts[some].tolist()], np.int64)[which]
+        is_scored = ~np.isnan(rows["score"])
+        scores: list[float | None] = [None] * len(objects)
+        for at in np.flatnonzero(is_scored[firsts]).tolist():
+            scores[at] = float(rows["score"][firsts[at]])
+        used_labels, labels = np.unique(rows["label"][firsts], return_inverse=True)
+        heads = [f"{self._scene.name}\n{texts[number]}\n".encode(errors="replace") for number in used_labels.tolist()]
+        of_task = [f"{making.task}/".encode(errors="replace") for making in makings]
+        regions = store.regions.read(rows["number"])
+        begins = [head + task for head in heads for task in of_task]
+        begin = (labels * len(of_task) + by[firsts]).tolist()
+        hashed = [begins[number] + regions[first] for number, first in zip(begin, firsts.tolist(), strict=True)]
+        # Most features are made of one region, and for the others that is where to start.
+        starts, head_of, known_scores = objects.starts.tolist(), labels.tolist(), np.cumsum(is_scored).tolist()
+        has_more = np.diff(objects.starts) > 1
+        for at in np.flatnonzero(has_more | np.array([b"\0" in text for text in hashed], bool)).tolist():
+            span = slice(starts[at], starts[at + 1])
+            listed = zip(annotations[span], regions[span], strict=True)
+            lines = [of_task[number] + region for number, joined in listed for region in joined.split(b"\0")]
+            hashed[at] = heads[head_of[at]] + b"\n".join(sorted(lines))
+            if span.stop - span.start > 1:
+                codes[at] = shared_by(span)
+                if scores[at] is not None or known_scores[span.stop - 1] > known_scores[span.start]:
+                    scores[at] = _mean(rows["score"][span], rows["area_px"][span])
+        names = self._shared([], (), ())
+        return {
+            "id": _stable_ids(hashed),
+            "label": Coded([texts[number] for number in used_labels.tolist()], labels),
+            "score": scores,
+            **{name: Coded([values[name] for values in shared], codes) for name in names},
+        }
+
+    def _shared(self, makings: Sequence[Making], versions: Iterable[int], edits: Iterable[int]) -> dict[str, Any]:
+        """What the outlines that make a feature say of it together: their annotations, and their own numbers."""
+        named = {self._texts[number] for number in versions if number >= 0}
+        return {
+            **self._made(makings),
+            "scene": self._scene.name,
+            "model_version": ", ".join(sorted(filter(None, named))) or None,
+            "edited": _any_edit([None if edited < 0 else edited > 0 for edited in edits]),
+        }
 
     def _made(self, makings: Sequence[Making]) -> dict[str, Any]:
         """What several annotations together say of a feature."""
@@ -891,10 +993,11 @@ class _Features:
         found = _distinct(values)
         return found if self._store.ids_are_numbers else [str(value) for value in found]
 
-    def _keep(self, shapes: NDArray[np.object_], columns: Mapping[str, Any]) -> None:
+    def _keep(self, outlines_px: Outlines, columns: Mapping[str, Any]) -> None:
         """Remember what was written, since it may conflict with what comes."""
-        if not self._watches or not len(shapes):
+        if not self._watches or not len(outlines_px):
             return
+        shapes = outlines_px.shapes
         numbers = np.flatnonzero(_is_area(shapes))
         ids, tasks, labels = ([columns[name][i] for i in numbers.tolist()] for name in ("id", "tasks", "label"))
         shapes = shapes[numbers]
@@ -998,10 +1101,12 @@ class _Edits:
                 tally.findings.append(reason)
 
 
-def _areas_m2(geometry: NDArray[np.object_]) -> list[float | None]:
+def _areas_m2(outlines: Outlines) -> list[float | None]:
     """Area of each; None for points."""
-    areas = zip(areas_m2(geometry).tolist(), _is_area(geometry).tolist(), strict=True) if len(geometry) else ()
-    return [area if is_area else None for area, is_area in areas]
+    areas: list[float | None] = outline_areas_m2(outlines).tolist()
+    for at in outlines.other_at[~_is_area(outlines.others)].tolist():
+        areas[at] = None
+    return areas
 
 
 def _is_area(shapes: NDArray[np.object_]) -> NDArray[np.bool_]:
@@ -1030,7 +1135,7 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(value for value in values if value is not None))
 
 
-def _stable_id(scene: str, label: str, regions: Sequence[str]) -> str:
-    """The same for the same regions, however they were moved since."""
-    digest = hashlib.sha256("\n".join([scene, label, *sorted(regions)]).encode(errors="replace"))
-    return digest.hexdigest()[:16]
+def _stable_ids(texts: Sequence[bytes]) -> list[str]:
+    """The same for the same scene, label and regions, however those were moved since."""
+    digests = [hashlib.sha256(text).digest() for text in texts]
+    return [digest[:8].hex() for digest in digests]

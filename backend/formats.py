@@ -29,6 +29,7 @@ from shapely.geometry.base import BaseGeometry
 
 from .earth import DECIMALS
 from .errors import ExportError
+from .rings import IntArray, Outlines
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,23 +70,57 @@ _PALETTE = ("#e4572e", "#17bebb", "#ffc914", "#76b041", "#8e6cc3", "#2e86ab", "#
 _NO_LABEL = "#5f6b6d"
 
 
+class Coded(Sequence[Any]):
+    """A column of few different values, each of which is kept once."""
+
+    def __init__(self, values: Sequence[Any], codes: IntArray) -> None:
+        """``codes`` (N,) are indices of ``values``. Columns that share them are written together."""
+        self.values = values
+        self.codes = codes
+
+    @classmethod
+    def of(cls, column: Sequence[Any]) -> Coded:
+        """A column of values that can be keys."""
+        if isinstance(column, Coded):
+            return column
+        known: dict[Any, int] = {}
+        codes = [known.setdefault(value, len(known)) for value in column]
+        return cls(list(known), np.array(codes, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, at: Any) -> Any:
+        return [self.values[i] for i in self.codes[at]] if isinstance(at, slice) else self.values[self.codes[at]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.values.__getitem__, self.codes.tolist())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Some features."""
 
-    geometry: NDArray[np.object_]
-    """Points, polygons and multipolygons in EPSG:4326 as RFC 7946 wants them, (N,)."""
+    outlines: Outlines
+    """Points, polygons and multipolygons in EPSG:4326 as RFC 7946 wants them, N."""
 
     columns: Mapping[str, Sequence[Any]]
     """The attributes that ``FIELDS`` names, each of N values."""
 
     def __len__(self) -> int:
-        return len(self.geometry)
+        return len(self.outlines)
+
+    @property
+    def geometry(self) -> NDArray[np.object_]:
+        """The outlines as geometries, (N,)."""
+        return self.outlines.shapes
 
     def only(self, wanted: NDArray[np.bool_]) -> Batch:
         """Those features that are wanted, (N,)."""
-        numbers = np.flatnonzero(wanted).tolist()
-        return Batch(self.geometry[wanted], {name: [col[i] for i in numbers] for name, col in self.columns.items()})
+        at = np.flatnonzero(wanted)
+        return Batch(
+            self.outlines.take(at), {name: [col[i] for i in at.tolist()] for name, col in self.columns.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,9 +275,9 @@ class FeatureLines:
         """Add features."""
         if not len(batch):
             return
-        boxes = _boxes(batch.geometry)
+        boxes = _boxes(batch.outlines)
         self._file.write(b"\n" if self._box is None else b",\n")
-        self._file.write(b",\n".join(_features(batch, boxes)))
+        self._file.write(",\n".join(_features(batch, boxes)).encode())
         self._box = _around(boxes if self._box is None else np.vstack((self._box, boxes)))
 
     def __exit__(
@@ -262,26 +297,101 @@ class FeatureLines:
 def _write_lines(batches: Iterable[Batch], path: Path) -> None:
     with path.open("wb") as file:
         for batch in batches:
-            file.writelines(text + b"\n" for text in _features(batch, _boxes(batch.geometry)))
+            file.write("".join(text + "\n" for text in _features(batch, _boxes(batch.outlines))).encode())
 
 
-def _features(batch: Batch, boxes: NDArray[np.float64]) -> Iterator[bytes]:
-    """Each feature as GeoJSON text. GEOS writes the shortest numbers that read back as the same: no more decimals."""
+def _features(batch: Batch, boxes: NDArray[np.float64]) -> list[str]:
+    """Each feature as GeoJSON text, with the shortest numbers that read back as the same: no more decimals."""
+    groups: list[list[str]] = []
+    members: list[str] = []
+    shared: IntArray | None = None
+    columns = [(f'"{name}":', batch.columns[name], FIELDS[name]) for name in FIELDS]
+    at = 0
+    while at < len(columns):
+        name, column, kind = columns[at]
+        at += 1
+        if not isinstance(column, Coded):
+            members.append(name + "%s")
+            groups.append(_texts(column, kind))
+            continue
+        shared = column.codes
+        texts = [name + text for text in _texts(column.values, kind)]
+        while at < len(columns) and isinstance(more := columns[at][1], Coded) and more.codes is shared:
+            name, _, kind = columns[at]
+            texts = [f"{text},{name}{also}" for text, also in zip(texts, _texts(more.values, kind), strict=True)]
+            at += 1
+        members.append("%s")
+        groups.append([texts[code] for code in shared.tolist()])
+    feature = '{"type":"Feature","bbox":[%s],"properties":{' + ",".join(members) + '},"geometry":%s}'
+    rows = zip(_number_texts(boxes, _BOX_ENDS), *groups, _geometry_texts(batch.outlines), strict=True)
+    return [feature % row for row in rows]
+
+
+def _texts(values: Sequence[Any], kind: str) -> list[str]:
+    """Each value as JSON."""
+    if not len(values):
+        return []
+    if kind in ("real", "flag"):
+        return msgspec.json.encode(values).decode()[1:-1].split(",")
     encode = msgspec.json.Encoder().encode
-    rows = zip(*(batch.columns[name] for name in FIELDS), strict=True)
-    for row, shape, box in zip(rows, shapely.to_geojson(batch.geometry), boxes.tolist(), strict=True):
-        properties, geometry = dict(zip(FIELDS, row, strict=True)), msgspec.Raw(shape)
-        yield encode({"type": "Feature", "bbox": box, "properties": properties, "geometry": geometry})
+    return [encode(value).decode() for value in values]
 
 
-def _boxes(geometry: NDArray[np.object_]) -> NDArray[np.float64]:
+def _geometry_texts(outlines: Outlines) -> list[str]:
+    """Each outline as a GeoJSON geometry."""
+    texts = [""] * len(outlines)
+    rings = outlines.rings
+    ends = np.full((len(rings.points), 2), _END_OF_POINT)
+    ends[:, 0] = _COMMA
+    ends[rings.starts + rings.lengths - 1, 1] = _END_OF_RING
+    for at, text in zip(outlines.ring_at.tolist(), _number_texts(rings.points, ends), strict=True):
+        texts[at] = '{"type":"Polygon","coordinates":[[[' + text + "}"
+    for at, text in zip(outlines.other_at.tolist(), shapely.to_geojson(outlines.others), strict=True):
+        texts[at] = text
+    return texts
+
+
+def _words(texts: Iterable[str]) -> NDArray[np.uint32]:
+    """Texts of at most four characters, as one number each."""
+    return np.frombuffer(b"".join(text.encode().ljust(4, b"\0") for text in texts), np.uint32)
+
+
+_COMMA, _END_OF_POINT, _END_OF_RING, _END = _words((",", "],[", "]]]\n", "\n"))
+_BOX_ENDS = np.array([_COMMA, _COMMA, _COMMA, _END])
+_DEGREES = _words([str(number) for number in range(181)] + [f"-{number}" for number in range(181)])
+_THREE = _words([f".{number:03}" for number in range(1000)])
+_LAST_THREE = _words(["." + (f"{number:03}".rstrip("0") or "0") for number in range(1000)])
+_LAST_FOUR = _words([f"{number:04}".rstrip("0") for number in range(10_000)])
+
+
+def _number_texts(degrees: NDArray[np.float64], ends: NDArray[np.uint32]) -> list[str]:
+    """Degrees on the grid of seven decimals, from −180 to 180, as text with ``ends`` after each; cut at line ends.
+
+    ``degrees`` are (M, K), ``ends`` (M, K) or (K,) of `_words`.
+    """
+    steps = np.rint(np.abs(degrees) * 10.0**DECIMALS).astype(np.uint32)
+    whole = steps // 10_000_000
+    steps -= whole * 10_000_000
+    three = steps // 10_000
+    four = steps - three * 10_000
+    words = np.empty((*degrees.shape, 4), np.uint32)
+    words[..., 0] = _DEGREES[whole + 181 * (degrees < 0)]
+    words[..., 1] = np.where(four == 0, _LAST_THREE[three], _THREE[three])
+    words[..., 2] = _LAST_FOUR[four]
+    words[..., 3] = ends
+    return words.tobytes().translate(None, b"\0").decode().split("\n")[:-1]
+
+
+def _boxes(outlines: Outlines) -> NDArray[np.float64]:
     """West, south, east, north of each shape, (N, 4); west is the greater where the antimeridian lies between."""
-    boxes = np.round(shapely.bounds(geometry), DECIMALS)
+    boxes = np.empty((len(outlines), 4))
+    boxes[outlines.ring_at] = outlines.rings.bounds
+    boxes[outlines.other_at] = np.round(shapely.bounds(outlines.others), DECIMALS)
     for number in np.flatnonzero((boxes[:, 0] <= -180) & (boxes[:, 2] >= 180)).tolist():
-        parts = shapely.bounds(shapely.get_parts(geometry[number]))
+        parts = shapely.bounds(shapely.get_parts(outlines.shapes[number]))
         if len(parts) > 1:
             boxes[number] = _around(np.round(parts, DECIMALS))
-    return np.asarray(boxes)
+    return boxes
 
 
 def _around(boxes: NDArray[np.float64]) -> NDArray[np.float64]:

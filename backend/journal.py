@@ -86,8 +86,12 @@ _DELETE_OF_TASK = (
 _PAGE = (
     "SELECT id, data, predictions FROM task WHERE project = :project AND id > :above AND EXISTS (SELECT 1 FROM"
     " annotation WHERE annotation.project = task.project AND annotation.task = task.id AND is_submitted)"
-    " ORDER BY id LIMIT :count"
+    " AND (seen >= :since OR EXISTS (SELECT 1 FROM annotation WHERE annotation.project = task.project"
+    " AND annotation.task = task.id AND annotation.seen >= :since)) ORDER BY id LIMIT :count"
 )
+_TASK_IDS = "SELECT DISTINCT task FROM annotation WHERE project = :project AND is_submitted ORDER BY task"
+_KNOWN_PREDICTIONS = "SELECT predictions FROM task WHERE project = :project AND id = :id"
+_TELL_PREDICTIONS = "UPDATE task SET predictions = :predictions, seen = :seen WHERE project = :project AND id = :id"
 _DRAWN = (
     "SELECT task, body FROM annotation WHERE project = :project AND task BETWEEN :first AND :last AND NOT is_deleted"
     " ORDER BY id"
@@ -164,19 +168,44 @@ class Journal:
         dropped = self._do(functools.partial(_sweep, project=project, began=began))
         return Reconciled(**counts, dropped=dropped)
 
-    def tasks(self, project: str) -> Iterator[Json]:
+    def tasks(self, project: str, *, since: float = 0.0) -> Iterator[Json]:
         """Tasks with a submitted annotation, by id, as Label Studio exports them; a few in memory at a time.
+
+        ``since`` leaves out those of which nothing was heard from then on, in seconds since 1970.
 
         With ``id``, ``data``, ``annotations`` (skipped ones too) and the ``predictions`` that Label Studio had when it
         was last asked.
         """
         last_id = -1
         while not self.is_empty:
-            page = self._do(functools.partial(_read_page, project=project, above=last_id))
+            page = self._do(functools.partial(_read_page, project=project, above=last_id, since=since))
             if not page:
                 return
             yield from page
             last_id = page[-1]["id"]
+
+    def task_ids(self, project: str) -> list[int]:
+        """Numbers of the tasks with a submitted annotation."""
+        if self.is_empty:
+            return []
+        return self._do(lambda base: [int(task) for (task,) in execute(base, _TASK_IDS, {"project": project})])
+
+    def lacks_predictions(self, project: str, task: int) -> bool:
+        """Whether annotations of a task began from a prediction that is not known, or nothing is known of it."""
+
+        def look(base: Connection) -> bool:
+            told = execute(base, _KNOWN_PREDICTIONS, {"project": project, "id": task}).scalar_one_or_none()
+            drawn = execute(base, _DRAWN, {"project": project, "first": task, "last": task})
+            named = {_number(json.loads(body).get("parent_prediction")) for _, body in drawn} - {None}
+            return bool(told is None or named - {prediction["id"] for prediction in json.loads(told)})
+
+        return not self.is_empty and _number(task) is not None and self._do(look)
+
+    def tell_predictions(self, project: str, task: int, predictions: Any) -> None:
+        """Put in what Label Studio says of a task's predictions, where the task is known."""
+        row = _task_row(project, {"id": task, "predictions": predictions})
+        values = {name: row[name] for name in ("project", "id", "seen", "predictions")}
+        self._do(lambda base: execute(base, _TELL_PREDICTIONS, values))
 
     def projects(self) -> list[str]:
         """Keys of the projects that were ever heard of."""
@@ -257,10 +286,12 @@ def _sweep(base: Connection, *, project: str, began: float) -> int:
     return int(dropped)
 
 
-def _read_page(base: Connection, *, project: str, above: int) -> list[Json]:
+def _read_page(base: Connection, *, project: str, above: int, since: float) -> list[Json]:
     page = {
         number: {"id": number, "data": json.loads(data), "annotations": [], "predictions": json.loads(made or "[]")}
-        for number, data, made in execute(base, _PAGE, {"project": project, "above": above, "count": _BATCH})
+        for number, data, made in execute(
+            base, _PAGE, {"project": project, "above": above, "since": since, "count": _BATCH}
+        )
     }
     if page:
         span = {"project": project, "first": min(page), "last": max(page)}

@@ -7,7 +7,7 @@ fetched when they are needed, so that memory does not grow with the outlines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,8 @@ from shapely import Polygon, STRtree
 from shapely.geometry.base import BaseGeometry
 
 from . import vectorize
+from .rings import BoolArray, IntArray, Rings, Shapes, runs
 from .tile import FloatArray, Tile
-
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-Shapes = NDArray[np.object_]
 
 BORDER_PX = 1.5
 """An outline this close to its tile's border is taken to go on beyond it."""
@@ -62,21 +59,34 @@ class View:
     offset: FloatArray
 
 
-def view_of(tile: Tile, anchor: Tile) -> View:
-    """Where the tile lies in the scene whose frame is the anchor's."""
-    width, height = tile.size
-    corners = anchor.crs_to_px(tile.px_to_crs(np.array([(0.0, 0.0), (width, 0.0), (0.0, height)])))
-    matrix = np.array([(corners[1] - corners[0]) / width, (corners[2] - corners[0]) / height])
+def views_of(tiles: Sequence[Tile], anchor: Tile) -> list[View]:
+    """Where tiles lie in the scene whose frame is the anchor's."""
+    if not tiles:
+        return []
+    sizes = np.array([tile.size for tile in tiles], np.float64)
+    corners = anchor.crs_to_px(np.concatenate([tile.px_to_crs(_CORNERS * tile.size) for tile in tiles])).reshape(
+        -1, 3, 2
+    )
+    matrices = (corners[:, 1:] - corners[:, :1]) / sizes[:, :, None]
     # Tiles of one grid are whole pixels apart: what arithmetic lost would leave slivers between their outlines.
-    whole, offset = np.rint(corners[0]), corners[0]
-    matrix = np.where(np.abs(matrix - np.eye(2)) < 1e-7, np.eye(2), matrix)
-    offset = np.where(np.abs(offset - whole) < 1e-4, whole, offset)
+    offsets, whole = corners[:, 0], np.rint(corners[:, 0])
+    matrices = np.where(np.abs(matrices - np.eye(2)) < 1e-7, np.eye(2), matrices)
+    offsets = np.where(np.abs(offsets - whole) < 1e-4, whole, offsets)
+    cores = np.array([tile.core or (0, 0, *tile.size) for tile in tiles], np.float64)
 
-    def box(column: float, row: float, columns: float, rows: float) -> Polygon:
-        ends_px = np.array([(0, 0), (columns, 0), (columns, rows), (0, rows)]) + np.array([column, row])
-        return Polygon(ends_px @ matrix + offset)
+    def boxes(first: FloatArray, size: FloatArray) -> Shapes:
+        ends_px = first[:, None] + size[:, None] * _BOX
+        return np.asarray(shapely.polygons(ends_px @ matrices + offsets[:, None]))
 
-    return View(tile, box(0, 0, width, height), box(*tile.core) if tile.core else None, matrix, offset)
+    outlines, inner = boxes(np.zeros_like(sizes), sizes), boxes(cores[:, :2], cores[:, 2:])
+    return [
+        View(tile, outline, core if tile.core else None, matrix, offset)
+        for tile, outline, core, matrix, offset in zip(tiles, outlines, inner, matrices, offsets, strict=True)
+    ]
+
+
+_CORNERS = np.array([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+_BOX = np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
 
 
 def seen(views: Sequence[View], view: IntArray, shapes: Shapes) -> tuple[BoolArray, BoolArray]:
@@ -96,6 +106,20 @@ def seen(views: Sequence[View], view: IntArray, shapes: Shapes) -> tuple[BoolArr
         shapely.contains(inside[which], shapes) | is_point,
         ~shapely.intersects(deep_inside[which], shapes) & ~is_point,
     )
+
+
+def seen_rings(views: Sequence[View], view: IntArray, rings: Rings) -> tuple[BoolArray, BoolArray]:
+    """The same as `seen`, of rings."""
+    used, which = np.unique(view, return_inverse=True)
+    shown = [views[number] for number in used.tolist()]
+    outlines = shapely.bounds(np.array([view.outline for view in shown], dtype=object))[which]
+    depths = (rings.bounds - outlines) * (1, 1, -1, -1)
+    is_upright = np.array([bool((view.matrix == np.eye(2)).all()) for view in shown])[which]
+    is_whole, is_sliver = np.ones(len(rings), bool), np.zeros(len(rings), bool)
+    near = np.flatnonzero(~(is_upright & (depths.min(axis=1) > _SLIVER_PX)))
+    if len(near):
+        is_whole[near], is_sliver[near] = seen(views, view[near], rings.take(near).polygons())
+    return is_whole, is_sliver
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,19 +152,46 @@ class Pieces:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WholeObject:
-    """A whole object of a scene and the outlines it was made of."""
+class WholeObjects:
+    """Some whole objects of a scene and the pieces that they were made of."""
 
-    shape: BaseGeometry
+    piece: IntArray
+    """The piece whose outline is the object's, (N,); −1 where several were joined."""
 
-    pieces: tuple[int, ...]
-    """Indices of all that show it, also those whose outline was not needed."""
+    joined: Mapping[int, BaseGeometry]
+    """Outlines that were joined, by the object's position."""
 
-    outlines: int = 1
-    """Pieces whose outline the shape was made of."""
+    members: IntArray
+    """Pieces that show each, also those whose outline was not needed, object by object."""
+
+    starts: IntArray
+    """Where the members of each begin, and the end, (N + 1,)."""
+
+    outlines: IntArray
+    """Of how many pieces the outline was made, (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    @classmethod
+    def alone(cls, pieces: IntArray) -> WholeObjects:
+        """Each piece as an object of its own."""
+        return cls(pieces, {}, pieces, np.arange(len(pieces) + 1), np.ones(len(pieces), np.int64))
+
+    def take(self, numbers: IntArray) -> WholeObjects:
+        """The objects of those numbers, which rise."""
+        sizes = np.diff(self.starts)[numbers]
+        joined = {new: self.joined[old] for new, old in enumerate(numbers.tolist()) if old in self.joined}
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        members = self.members[runs(self.starts[:-1][numbers], sizes)]
+        return WholeObjects(self.piece[numbers], joined, members, starts, self.outlines[numbers])
 
 
-def whole_objects(pieces: Pieces, *, simplify_px: float, batch: int = 4096) -> Iterator[list[WholeObject]]:
+_Joined = tuple[int, BaseGeometry | None, tuple[int, ...], int]
+"""The piece or the shape, the pieces that show it, and how many outlines it was made of."""
+
+
+def whole_objects(pieces: Pieces, *, simplify_px: float, batch: int = 4096) -> Iterator[WholeObjects]:
     """The objects that the pieces of one scene show, each once, in batches, ordered by the first piece of each.
 
     Outlines that were joined are simplified.
@@ -161,22 +212,38 @@ def whole_objects(pieces: Pieces, *, simplify_px: float, batch: int = 4096) -> I
         shown = members[starts[begin] : starts[end]]
         at = starts[begin : end + 1] - starts[begin]
         here = found[link_starts[begin] : link_starts[end]]
-        link_at = (link_starts[begin : end + 1] - link_starts[begin]).tolist()
-        shapes = pieces.fetch(shown)
+        link_at = link_starts[begin : end + 1] - link_starts[begin]
+        sizes = np.diff(at)
+        shapes = np.full(len(shown), None, dtype=object)
+        is_shared = np.repeat(sizes > 1, sizes)
+        shapes[is_shared] = pieces.fetch(shown[is_shared])
         winners = _winners(pieces, shown, shapes, at, here)
-        objects: list[WholeObject] = []
-        listed, numbers = shapes.tolist(), shown.tolist()
-        for start, stop, winner, low, high in zip(
-            at[:-1].tolist(), at[1:].tolist(), winners.tolist(), link_at[:-1], link_at[1:], strict=True
-        ):
-            if winner >= 0:
-                objects.append(WholeObject(listed[winner], tuple(numbers[start:stop])))
-            else:
-                tied = here[low:high]
-                ends = zip(map(tuple, tied["pair"].tolist()), tied["at_border"].tolist(), strict=True)
-                inner = dict(zip(numbers[start:stop], listed[start:stop], strict=True))
-                objects += _joined(pieces, inner, dict(ends), simplify_px)
-        yield objects
+        made: dict[int, list[_Joined]] = {}
+        for number in np.flatnonzero(winners < 0).tolist():
+            inner = slice(int(at[number]), int(at[number + 1]))
+            tied = here[link_at[number] : link_at[number + 1]]
+            ends = zip(map(tuple, tied["pair"].tolist()), tied["at_border"].tolist(), strict=True)
+            listed = dict(zip(shown[inner].tolist(), shapes[inner].tolist(), strict=True))
+            made[number] = _joined(pieces, listed, dict(ends), simplify_px)
+        yield _in_order(shown, at, winners, made)
+
+
+def _in_order(shown: IntArray, at: IntArray, winners: IntArray, made: Mapping[int, list[_Joined]]) -> WholeObjects:
+    """Groups of pieces as objects: those of one winner as they are, the others as they were made."""
+    easy = np.flatnonzero(winners >= 0)
+    late = [(number, item) for number, items in made.items() for item in items]
+    group = np.concatenate((easy, np.array([number for number, _ in late], np.int64)))
+    order = np.argsort(group, kind="stable")
+    sizes = np.concatenate((np.diff(at)[easy], np.array([len(item[2]) for _, item in late], np.int64)))
+    members = np.concatenate(
+        (shown[runs(at[easy], np.diff(at)[easy])], *(np.array(item[2], np.int64) for _, item in late))
+    )
+    piece = np.concatenate((shown[winners[easy]], np.array([item[0] for _, item in late], np.int64)))[order]
+    outlines = np.concatenate((np.ones(len(easy), np.int64), np.array([item[3] for _, item in late], np.int64)))[order]
+    shapes = {len(easy) + number: item[1] for number, (_, item) in enumerate(late) if item[1] is not None}
+    joined = {new: shapes[old] for new, old in enumerate(order.tolist()) if old in shapes} if shapes else {}
+    members = members[runs((np.cumsum(sizes) - sizes)[order], sizes[order])]
+    return WholeObjects(piece, joined, members, np.concatenate(([0], np.cumsum(sizes[order]))), outlines)
 
 
 def _winners(pieces: Pieces, shown: IntArray, shapes: Shapes, at: IntArray, tied: NDArray[Any]) -> IntArray:
@@ -354,7 +421,7 @@ def _components(members: Iterable[int], pairs: Iterable[tuple[int, int]]) -> lis
     return list(groups.values())
 
 
-def _joined(pieces: Pieces, shapes: dict[int, BaseGeometry], tied: Links, simplify_px: float) -> list[WholeObject]:
+def _joined(pieces: Pieces, shapes: dict[int, BaseGeometry], tied: Links, simplify_px: float) -> list[_Joined]:
     """The objects that linked pieces show.
 
     Wholes count once, parts that a whole covers are not needed, what remains and is linked joins.
@@ -363,7 +430,7 @@ def _joined(pieces: Pieces, shapes: dict[int, BaseGeometry], tied: Links, simpli
     stands_for = _owners(pieces, shapes, members, tied)
     remaining = sorted(set(stands_for.values()))
     joins = {pair: border for pair, border in tied.items() if all(stands_for[i] == i for i in pair)}
-    objects = []
+    objects: list[_Joined] = []
     for group in _components(remaining, joins):
         outlines = {i: shapes[i] for i in group}
         for (i, j), at_border in joins.items():
@@ -371,8 +438,10 @@ def _joined(pieces: Pieces, shapes: dict[int, BaseGeometry], tied: Links, simpli
                 a, b = (pieces.views[int(pieces.view[k])] for k in (i, j))
                 border = a.outline.intersection(b.outline)
                 outlines[i], outlines[j] = (_snapped(outlines[k], border) for k in (i, j))
-        shape = outlines[group[0]] if len(group) == 1 else _union(list(outlines.values()), simplify_px)
-        objects.append(WholeObject(shape, tuple(i for i in members if stands_for[i] in outlines), len(group)))
+        shown = tuple(i for i in members if stands_for[i] in outlines)
+        is_one = len(group) == 1
+        shape = None if is_one else _union(list(outlines.values()), simplify_px)
+        objects.append((group[0] if is_one else -1, shape, shown, len(group)))
     return objects
 
 

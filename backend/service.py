@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import shapely
+from shapely.geometry.base import BaseGeometry
+
 from . import __version__, datamanager, labelstudio, validation
 from .acceptance import Acceptance
 from .annotations import tasks_in
-from .boxes import LastBoxes
+from .boxes import LastBox, LastBoxes
 from .bulk import Failed, Outcome, Task
 from .client import LabelStudio, NotFound
 from .database import Database, DatabaseError
@@ -116,7 +120,9 @@ class PredictRequest:
 class Service:
     """What the server, the command line and Label Studio's own tooling call."""
 
-    def __init__(self, settings: Settings, *, segmenter: Segmenter | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, segmenter: Segmenter | None = None, image_cache_mb: float = 128.0
+    ) -> None:
         """Wire the parts; nothing is loaded or connected before `start`."""
         self.settings = settings
         self.registry = Registry(settings)
@@ -126,9 +132,11 @@ class Service:
         self.journal = Journal(settings, self.database)
         self.problems = Problems(settings.data_dir)
         self.findings = Findings(settings.data_dir, self.database)
-        self.acceptance = Acceptance(settings, self.journal, self.problems)
+        asks = (lambda: client_of(settings, attempts=2)) if settings.label_studio_url else None
+        self.acceptance = Acceptance(settings, self.journal, self.problems, asks)
         self.reviews = Reviews(settings, self.findings, self.problems, lambda: client_of(settings))
-        self.images = ImageStore(settings, client_of(settings) if settings.label_studio_url else None)
+        self._label_studio = client_of(settings) if settings.label_studio_url else None
+        self.images = ImageStore(settings, self._label_studio, cache_mb=image_cache_mb)
         self._answers: SingleFlight[tuple[list[Json], list[float], float]] = SingleFlight()
         # Two a project: one tile's image is fetched and its outlines traced while the model is at another's.
         self._pool = FairPool(3, name="tile")
@@ -161,9 +169,13 @@ class Service:
     def close(self) -> None:
         """Finish what runs and let go of everything."""
         self._closing.set()
+        self.acceptance.close()
         self._errands.shutdown(wait=True, cancel_futures=True)
         self.reviews.close()
         self._pool.close()
+        self.images.close()
+        if self._label_studio is not None:
+            self._label_studio.close()
         self.predictor.stop()
         self.database.close()
 
@@ -249,6 +261,8 @@ class Service:
             for task in _tasks_of(payload):
                 self._boxes.forget(project, task)
         self.journal.note(project, payload)
+        if action in _CHANGES or action == "TASKS_DELETED":
+            self.acceptance.note(project, map(int, _tasks_of(payload)))
         if action == "ANNOTATION_UPDATED" and self.reviews.is_own(payload.get("annotation")):
             return {"status": "our own note"}
         answer: Json = {"status": "ignored"}
@@ -531,16 +545,33 @@ class Service:
     def _answer_prompt(
         self, model: Loaded, config: LabelConfig, asked: PredictRequest, task: Mapping[str, Any], claim: Claim
     ) -> Json:
-        context = self._with_last_box(asked, task)
+        context, last_box = self._with_last_box(asked, task)
         image_tag = labelstudio.prompted_tag(context, config)
         image, tile = self._open(task, image_tag)
         request = labelstudio.read_prompts(context, config, tile.size)
         if request is None or request.prompts.is_empty:
             return labelstudio.prediction_of([], version=model.version)
         scale = self._scale(model, config, request.tag, image, tile)
-        regions = self.predictor.prompted(
-            model, image.rgb, image.key, request.prompts, options=VectorizeOptions(), scale=scale, claim=claim
-        )
+
+        def prompted(request: PromptRequest) -> list[Region]:
+            prompts, options = request.prompts, VectorizeOptions()
+            return self.predictor.prompted(
+                model, image.rgb, image.key, prompts, options=options, scale=scale, claim=claim
+            )
+
+        regions = prompted(request)
+        alone = labelstudio.read_prompts(asked.context, config, tile.size)
+        is_unsure = last_box is not None and last_box.may_be_done(labelstudio.prompt_items(asked.context) or [])
+        if alone is not None and last_box is not None and is_unsure:
+            found = prompted(alone)
+            if not last_box.shares(_in_percent(found, tile)):
+                # A neighbour whose first click happens to lie in the box, and no part that its answer left out.
+                request, regions, last_box = alone, found, None
+                self._boxes.forget(asked.project, _key_of(task))
+        if last_box is not None:
+            self._boxes.refined(asked.project, _key_of(task))
+        elif request.prompts.box_xyxy is not None:
+            self._boxes.answered(asked.project, _key_of(task), _in_percent(regions, tile))
         tag, label = self._label(model, config, image, regions, request, scale, claim)
         outlines = [region.polygon for region in regions]
         if self.settings.regularize and label in tag.match([BUILDING]).values():
@@ -558,28 +589,29 @@ class Service:
         ]
         return labelstudio.prediction_of(self._results(regions, task, tag, tile, model), version=model.version)
 
-    def _with_last_box(self, asked: PredictRequest, task: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_last_box(
+        self, asked: PredictRequest, task: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], LastBox | None]:
         """The prompts, and before clicks the task's last box, where they refine what it was drawn around."""
         context = asked.context or {}
         items = labelstudio.prompt_items(context) or []
         key, user = _key_of(task), _drawn_by(task)
-        boxes = [item for item in items if str(item.get("type")).startswith("rectangle")]
-        if boxes:
-            self._boxes.remember(asked.project, key, boxes[-1], user)
+        if (box := _last_box_of(items)) is not None:
+            self._boxes.remember(asked.project, key, box, user)
         elif not items:
             self._boxes.forget(asked.project, key)
         elif all(str(item.get("type")).startswith("keypoint") for item in items):
             accepted = labelstudio.region_ids_in(task)
-            box = self._boxes.with_box(
+            last = self._boxes.with_box(
                 asked.project,
                 key,
                 items,
                 user,
                 lambda box_id: labelstudio.prompt_region_id(task_identity(task), box_id) in accepted,
             )
-            if box is not None:
-                return {**context, "result": [box, *items]}
-        return context
+            if last is not None:
+                return {**context, "result": [last.prompt, *items]}, last
+        return context, None
 
     def _label(
         self,
@@ -688,7 +720,18 @@ def _tasks_of(payload: Mapping[str, Any]) -> list[str]:
     listed = payload.get("annotation")
     annotations = listed if isinstance(listed, list) else [listed]
     tasks = [each.get("task") for each in annotations if isinstance(each, Mapping)]
-    return [str(task) for task in tasks if isinstance(task, int)]
+    return [str(task) for task in tasks if isinstance(task, int) and not isinstance(task, bool)]
+
+
+def _last_box_of(prompts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The newest smart rectangle among prompts."""
+    return next((each for each in reversed(prompts) if str(each.get("type")).startswith("rectangle")), None)
+
+
+def _in_percent(regions: Sequence[Region], tile: Tile) -> BaseGeometry:
+    """All outlines as one, in percent of the tile."""
+    whole = shapely.union_all([region.polygon for region in regions])
+    return shapely.transform(whole, lambda xy: xy * 100 / np.array(tile.size))
 
 
 def _result_or_empty(future: Future[Json | list[Any]]) -> Json | list[Any]:
@@ -715,10 +758,10 @@ def annotated_tasks(
 ) -> Iterator[tuple[Iterable[Mapping[str, Any]], str | None]]:
     """A project's tasks with their annotations, page by page from Label Studio or from its JSON export; and the config.
 
-    An export does not hold the label config: None then.
+    An export does not hold the label config: None then. Its annotations' results are left for `export` to read.
     """
     if file is not None:
-        yield tasks_in(file), None
+        yield tasks_in(file, unread=True), None
         return
     assert project_id is not None
     with client_of(settings) as label_studio:
@@ -809,8 +852,8 @@ def client_of(settings: Settings, *, attempts: int = 6) -> LabelStudio:
 def remove_scratch(settings: Settings) -> None:
     """Remove what processes that were killed were writing; what is younger may be of one that is at work."""
     data_dir = settings.data_dir
-    patterns = ((data_dir / "jobs", ".*.json.*"), (data_dir, ".acceptance-*"), (data_dir / "boxes", "*.*.*"),
-                (settings.model_dir / "versions", "*/.new-*"))  # fmt: skip
+    patterns = ((data_dir / "jobs", ".*.json.*"), (data_dir, ".*.json.*"), (data_dir, ".acceptance-*"),
+                (data_dir / "boxes", "*.*.*"), (settings.model_dir / "versions", "*/.new-*"))  # fmt: skip
     for folder, pattern in patterns:
         for path in folder.glob(pattern) if folder.is_dir() else ():
             with suppress(OSError):

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .rings import runs
 
 _MUCH_MORE = 8
 
@@ -44,6 +47,27 @@ class Spool:
         self._file.write(b"".join(listed))
         end = self._ends.pop()
         self._ends.extend(accumulate(map(len, listed), initial=end))
+
+    def append_rows(self, rows: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Put as many rows of an array as each length says at the end, as a byte string each."""
+        self._file.write(np.ascontiguousarray(rows).data)
+        end, row_bytes = self._ends[-1], rows.nbytes // max(len(rows), 1)
+        self._ends.frombytes((end + np.cumsum(lengths, dtype=np.int64) * row_bytes).tobytes())
+
+    def read_rows(self, numbers: NDArray[np.int64], row: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """What lies under those numbers where all has come by ``append_rows``: the rows, and how many are of each."""
+        self._file.flush()
+        ends = np.frombuffer(self._ends, np.int64) // row.itemsize
+        starts, lengths = ends[numbers], ends[numbers + 1] - ends[numbers]
+        # While somebody looks at an array's memory it cannot grow.
+        del ends
+        if not len(numbers):
+            return np.empty((0, *row.shape), row.base), lengths
+        first, stop = int(starts.min()), int((starts + lengths).max())
+        if stop - first <= _MUCH_MORE * int(lengths.sum()):
+            chunk = os.pread(self._file.fileno(), (stop - first) * row.itemsize, first * row.itemsize)
+            return np.frombuffer(chunk, row)[runs(starts - first, lengths)], lengths
+        return np.frombuffer(b"".join(self.read(numbers)), row), lengths
 
     def read(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
         """The byte strings of those numbers, in their order."""

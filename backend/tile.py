@@ -81,7 +81,8 @@ class Tile:
         if (self.crs is None) != (self.transform is None):
             raise BadTile("a tile needs both crs and transform, or neither")
         if self.transform is not None:
-            if not all(math.isfinite(v) for v in self.transform[:6]):
+            place = self.transform
+            if not all(map(math.isfinite, (place.a, place.b, place.c, place.d, place.e, place.f))):
                 raise BadTile(f"a tile's transform must be six finite numbers, got {list(self.transform[:6])}")
             if self.transform.is_degenerate:
                 raise BadTile(f"a tile's transform must map pixels to an area, got {list(self.transform[:6])}")

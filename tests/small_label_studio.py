@@ -71,8 +71,11 @@ class SmallLabelStudio:
             above = json.loads(query["query"])["filters"]["items"][0]["value"]
             listed = [task for number, task in sorted(self.tasks.items()) if number > above and task["annotations"]]
             return as_json({"tasks": listed[: int(query["page_size"])]})
+        number = asked.path.removeprefix("/api/tasks/").removesuffix("/")
+        if number.isdigit() and int(number) in self.tasks:
+            return as_json(self.tasks[int(number)])
         if asked.path.startswith("/data/upload/"):
-            number = int(asked.path.rpartition("/")[2].removesuffix(".png"))
-            image = bright_image((30 + number, 50, 80 + number, 100), size=(128, 128))
+            left = 30 + int(asked.path.rpartition("/")[2].removesuffix(".png"))
+            image = bright_image((left, 50, left + 50, 100), size=(128, 128))
             return Answer(200, cv2.imencode(".png", image)[1].tobytes(), {"Content-Type": "image/png"})
         return as_json({"detail": "not here"}, 404)

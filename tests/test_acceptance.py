@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from backend import acceptance
 from backend.acceptance import Acceptance, Outcome, judged
 from backend.journal import Journal
 from backend.problems import Problems
+from backend.service import Service
 from backend.settings import Settings
 from backend.tile import Tile
+from tests.fakes import BrightSegmenter
+from tests.small_label_studio import CONFIG, CREATED, TOKEN, SmallLabelStudio
+from tests.small_server import as_json
 
 SQUARE = [[10.0, 10.0], [20.0, 10.0], [20.0, 20.0], [10.0, 20.0]]
 HALF = [[10.0, 10.0], [15.0, 10.0], [15.0, 20.0], [10.0, 20.0]]
 PROJECT = "3.1700000000"
+ABOUT = {"id": 3, "created_at": CREATED}
 
 
 def region(name: str, points: list[list[float]] = SQUARE, label: str = "building", **more: Any) -> dict[str, Any]:
@@ -233,6 +239,120 @@ def test_figures_come_from_the_journal_beside_the_caller_and_follow_it(desk: Acc
     # The journal has no prediction of the task that this event is about, so it adds nothing.
     journal.note(PROJECT, event(2, annotation(by_hand("x"))))
     assert list(desk.count()) == [PROJECT]
+
+
+def test_only_tasks_that_changed_are_judged_again_and_what_is_gone_is_forgotten(
+    desk: Acceptance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(acceptance, "_OVERLAP_S", -0.01)
+    seen: list[int] = []
+    monkeypatch.setattr(acceptance, "judged", lambda task: seen.append(task["id"]) or judged(task))
+    journal = Journal(Settings(data_dir=tmp_path))
+    tasks = [{**task([annotation(region("a"), number=n)], [prediction(region("a"))]), "id": n} for n in (1, 2, 3)]
+    journal.reconcile(PROJECT, tasks)
+
+    def count() -> tuple[int, list[int]]:
+        time.sleep(0.02)
+        seen.clear()
+        found = desk.count()
+        time.sleep(0.02)
+        return found[PROJECT]["versions"][0]["annotations"], list(seen)
+
+    assert count() == (3, [1, 2, 3])
+    assert count() == (3, [])
+    journal.note(PROJECT, event(2, {**annotation(region("a", HALF)), "updated_at": at(5)}))
+    assert count() == (3, [2])
+    assert desk.count()[PROJECT]["versions"][0]["edited"] == 1
+    journal.note(PROJECT, {"action": "ANNOTATIONS_DELETED", "annotations": [{"id": 3}]})
+    assert count() == (2, [])
+    journal.reconcile(PROJECT, tasks)
+    assert count() == (3, [1, 2, 3])
+    monkeypatch.setattr(acceptance, "MAX_KEPT", 2)
+    assert count() == (3, [])
+    assert count() == (3, [1, 2, 3])
+
+
+@pytest.fixture
+def around(tmp_path: Path) -> Iterator[tuple[SmallLabelStudio, Service]]:
+    with SmallLabelStudio() as label_studio:
+        at = {"label_studio_url": label_studio.server.url, "label_studio_api_key": TOKEN}
+        service = Service(Settings(data_dir=tmp_path, **at), segmenter=BrightSegmenter())
+        yield label_studio, service
+        service.close()
+
+
+def shown_at(service: Service, number: int, *predictions: dict[str, Any], **kept: Any) -> dict[str, Any]:
+    """Label Studio has these predictions of a task; the event of its annotation, which began from the last one."""
+    made = {**annotation(region("a", **kept), number=number, parent_prediction=predictions[-1]["id"]), "task": number}
+    return {"action": "ANNOTATION_CREATED", "project": {**ABOUT, "label_config": CONFIG}, "annotation": made,
+            "task": {"id": number, "data": {"image": "x.png"}}}  # fmt: skip
+
+
+def curves(service: Service, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline, found = time.monotonic() + 20, {}
+    while time.monotonic() < deadline:
+        found = {each["name"]: each for each in service.acceptance.facts().get(PROJECT, {}).get("versions", [])}
+        if until(found):
+            break
+        time.sleep(0.05)
+    return found
+
+
+def test_a_save_is_on_the_curves_at_once_with_the_prediction_that_label_studio_tells(
+    around: tuple[SmallLabelStudio, Service],
+):
+    label_studio, service = around
+    first, second = prediction(region("a"), number=10), prediction(region("a"), number=11, version="v2")
+    label_studio.tasks[1] = task([], [first])
+    assert service.acceptance.facts() == {}
+    began = time.monotonic()
+    service.event(shown_at(service, 1, first))
+    assert time.monotonic() - began < 1
+    found = curves(service, lambda found: "v1" in found)
+    assert (found["v1"]["unchanged"], found["v1"]["annotations"]) == (1, 1)
+
+    # Known by now: nobody asks again, until an annotation names another.
+    asked = [each.path for each in label_studio.server.asked]
+    service.event({**shown_at(service, 1, first), "action": "ANNOTATION_UPDATED"})
+    service.acceptance.wait(20)
+    assert [each.path for each in label_studio.server.asked] == asked == ["/api/tasks/1/"]
+    label_studio.tasks[2] = {**task([], [first, second]), "id": 2}
+    service.event(shown_at(service, 2, first, second))
+    assert curves(service, lambda found: "v2" in found)["v2"]["unchanged"] == 1
+    service.event({"action": "ANNOTATIONS_DELETED", "project": ABOUT,
+                   "annotations": [{"id": 2}]})  # fmt: skip
+    assert list(curves(service, lambda found: "v2" not in found)) == ["v1"]
+
+
+def test_label_studio_that_does_not_answer_is_asked_at_reconciliation_and_holds_nothing_up(
+    around: tuple[SmallLabelStudio, Service],
+):
+    label_studio, service = around
+    label_studio.fault = lambda asked: as_json({"detail": "no"}, 403)
+    first = prediction(region("a"), number=10)
+    service.event(shown_at(service, 1, first))
+    service.acceptance.wait(20)
+    service.event({**shown_at(service, 1, first), "action": "ANNOTATION_UPDATED"})
+    service.acceptance.wait(20)
+    assert len(label_studio.server.asked) == 1
+    assert service.acceptance.facts() == {}
+    assert "acceptance" in service.problems.recent()[0].where
+    label_studio.fault = lambda asked: None
+    label_studio.tasks[1] = task([shown_at(service, 1, first)["annotation"]], [first])
+    service._reconcile()
+    service.acceptance.note(PROJECT, [])
+    assert curves(service, lambda found: "v1" in found)["v1"]["unchanged"] == 1
+
+
+@pytest.mark.parametrize("number", [True, 2**70, -1, "x", None])
+def test_an_event_of_a_task_that_cannot_be_is_no_trouble(around: tuple[SmallLabelStudio, Service], number: Any):
+    _, service = around
+    odd = shown_at(service, 1, prediction(region("a"), number=10))
+    odd["annotation"]["task"] = number
+    odd["annotation"]["parent_prediction"] = {"id": 1}
+    service.event(odd)
+    service.acceptance.wait(20)
+    assert service.problems.recent() == []
 
 
 def test_a_damaged_journal_is_a_problem_on_the_status_page_and_no_error(desk: Acceptance, tmp_path: Path):

@@ -30,6 +30,7 @@ from backend.edits import read_edits
 from backend.errors import ExportError
 from backend.export import ExportOptions, export
 from backend.formats import ENDINGS, EXPORTED_TABLE, FIELDS, FINDINGS_LAYER, Batch, read_frame, write
+from backend.rings import Outlines
 from backend.tile import Region
 from backend.validation import validate
 from tests.test_export import CONFIG, SCENE, annotated, bow_tie, box_at, cut, features_of, iou, task_of
@@ -307,7 +308,7 @@ def test_an_export_that_fails_in_the_middle_leaves_what_was_there(tmp_path: Path
     def batches() -> Iterator[Batch]:
         columns = {name: [[] if kind == "ids" else None] for name, kind in FIELDS.items()}
         columns |= {"id": ["a"], "label": ["b"]}
-        yield Batch(np.array([shapely.box(0, 0, 1, 1)], dtype=object), columns)
+        yield Batch(Outlines.of([shapely.box(0, 0, 1, 1)]), columns)
         raise ExportError("the disk is full")
 
     with pytest.raises(ExportError, match="the disk is full"):
@@ -323,12 +324,13 @@ import sys, time
 import numpy as np, shapely
 from pathlib import Path
 from backend.formats import FIELDS, Batch, write
+from backend.rings import Outlines
 def batches():
     columns = {name: [[] if kind == "ids" else "x" if kind == "text" else None] * 500 for name, kind in FIELDS.items()}
     number = 0
     while True:
         columns["id"] = [str(number := number + 1) for _ in range(500)]
-        yield Batch(np.array([shapely.box(0, 0, 1, 1)] * 500, dtype=object), columns)
+        yield Batch(Outlines.of([shapely.box(0, 0, 1, 1)] * 500), columns)
         print("written", flush=True)
         time.sleep(0.02)
 write(batches(), Path(sys.argv[1]))

@@ -1,7 +1,7 @@
 """The registry over HTTP: the same behaviours with a real server of MLflow's, where there is one.
 
 Only `mlflow-skinny` comes with the package, and it has no server. Set GEOPRELABEL_MLFLOW_VENV to an environment with
-the full `mlflow`, or put its `mlflow` on PATH.
+the full `mlflow`, or put its `mlflow` on PATH; `.ci/run` makes one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,54 +41,65 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def served(folder: Path, port: int) -> Iterator[str]:
-    """A server on that port, with everything it keeps in the folder."""
-    url = f"http://127.0.0.1:{port}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    with open(folder / "server.log", "ab") as output:
-        server = subprocess.Popen(
-            [MLFLOW, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-             "--artifacts-destination", str(folder / "artifacts")],
-            stdout=output, stderr=output, start_new_session=True, cwd=folder,
-            env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+class Server:
+    """A server of MLflow's with everything it keeps in one folder; it can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = str(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))
+        }
+        with open(self.folder / "server.log", "ab") as output:
+            self._process = subprocess.Popen(
+                [MLFLOW, "server", "--host", "127.0.0.1", "--port", self._port, "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}",
+                 "--artifacts-destination", str(self.folder / "artifacts")],
+                stdout=output, stderr=output, start_new_session=True, cwd=self.folder,
+                env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while True:
+            told = (self.folder / "server.log").read_text()[-2000:]
+            assert self._process.poll() is None, told
+            assert time.monotonic() < deadline, told
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 if answer.status == 200:
-                    break
+                    return
             time.sleep(0.2)
-        yield url
-    finally:
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
         with suppress(ProcessLookupError):
-            os.killpg(server.pid, 15)
+            os.killpg(self._process.pid, 15)
         try:
-            server.wait(20)
+            self._process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
-            server.wait(20)
+            os.killpg(self._process.pid, 9)
+            self._process.wait(20)
+        self._process = None
 
 
 @pytest.fixture(scope="module")
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mlflow")
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path, port: int) -> Iterator[str]:
-    with served(folder, port) as url:
-        yield url
+@pytest.fixture
+def url(server: Server) -> str:
+    return server.url
 
 
 def registry_at(url: str, folder: Path) -> tuple[Settings, Registry]:
@@ -144,40 +155,33 @@ def test_the_way_back_and_forth_is_the_same_as_with_a_file(url: str, tmp_path: P
     assert registry.key("2") == "2.5"
 
 
-def test_weights_that_were_damaged_there_are_not_activated(url: str, folder: Path, tmp_path: Path):
-    _, maker = registry_at(url, tmp_path / "maker")
+def test_weights_that_were_damaged_there_are_not_activated(server: Server, tmp_path: Path):
+    _, maker = registry_at(server.url, tmp_path / "maker")
     published(maker, "3.5", "c-whole", tmp_path)
-    (kept,) = (path for path in (folder / "artifacts").rglob(HEADS_FILE) if path.read_bytes() == b"c-whole")
+    (kept,) = (path for path in (server.folder / "artifacts").rglob(HEADS_FILE) if path.read_bytes() == b"c-whole")
     kept.write_bytes(b"half")
-    _, there = registry_at(url, tmp_path / "server")
+    _, there = registry_at(server.url, tmp_path / "server")
     with pytest.raises(BadWeights, match="damaged"):
         there.activate("3.5", "c-whole")
 
 
-def test_a_server_that_goes_away_leaves_the_live_version_in_place_and_comes_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    own = tmp_path / "mlflow"
-    own.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with served(own, port) as url:
-        settings, registry = registry_at(url, tmp_path / "server")
-        published(registry, "4.5", "d", tmp_path)
-        predictor = Predictor(settings, registry, segmenter=BrightSegmenter())
-        predictor.start()
+def test_a_server_that_goes_away_leaves_the_live_version_in_place_and_comes_back(server: Server, tmp_path: Path):
+    settings, registry = registry_at(server.url, tmp_path / "server")
+    published(registry, "4.5", "d", tmp_path)
+    predictor = Predictor(settings, registry, segmenter=BrightSegmenter())
+    predictor.start()
+    try:
         predictor.wait(60)
         live = predictor.version("4.5")
         assert live != "bright-1"
-    try:
+        server.stop()
         time.sleep(2)
         assert predictor.version("4.5") == live
-        with served(own, port):
-            published(registry, "4.5", "e", tmp_path)
-            deadline = time.monotonic() + 30
-            while predictor.version("4.5") == live and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert predictor.version("4.5") == "e"
+        server.start()
+        published(registry, "4.5", "e", tmp_path)
+        deadline = time.monotonic() + 30
+        while predictor.version("4.5") == live and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert predictor.version("4.5") == "e"
     finally:
         predictor.stop()

@@ -79,6 +79,22 @@ def test_what_lies_in_a_spool_comes_back(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_arrays_come_back_from_a_spool(tmp_path: Path) -> None:
+    rows, row = np.arange(24.0).reshape(12, 2), np.dtype((np.float64, 2))
+    with Spool(tmp_path) as spool:
+        spool.append_rows(rows[:5], np.array([3, 2]))
+        spool.append_rows(rows[5:], np.array([7]))
+        for numbers in ([0, 1, 2], [2, 0], [1]):
+            found, lengths = spool.read_rows(np.array(numbers), row)
+            assert lengths.tolist() == [[3, 2, 7][number] for number in numbers]
+            assert found.tolist() == [each for number in numbers for each in np.split(rows, [3, 5])[number].tolist()]
+        found, lengths = spool.read_rows(np.empty(0, np.int64), row)
+        assert (found.shape, lengths.tolist()) == ((0, 2), [])
+        # So far apart that they are not read in one go.
+        spool.append_rows(np.ones((500, 2)), np.array([499, 1]))
+        assert spool.read_rows(np.array([4, 0]), row)[0].tolist() == [[1.0, 1.0], *rows[:3].tolist()]
+
+
 # Quick ways and careful ones
 
 
@@ -141,7 +157,8 @@ def test_plain_outlines_are_only_what_needs_no_care() -> None:
         {"meta": {"object": "x"}},
         {"score": "high"},
         {"value": {"points": [[0, 0], [1, 0], [1, 1]]}},
-        {"value": {"points": "nonsense", "polygonlabels": ["b"]}},
+        {"value": {"points": [[0, 0], [1, 0], [1, 1]], "polygonlabels": ["b", "c"]}},
+        {"value": "nonsense"},
     ):
         assert plain_outlines({"result": [{**result, **change}]}, None, None) is None, change
     assert plain_outlines({"result": [result, result]}, None, None) is None
