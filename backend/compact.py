@@ -120,10 +120,28 @@ class _Conv(nn.Conv2d):
 
     def padded(self, x: Tensor) -> Tensor:
         """The input with what a stride of two needs at its edges."""
-        if self.stride[0] != 2:
-            return x
+        return F.pad(x, self.edges * 2) if self.stride[0] == 2 else x
+
+    @property
+    def edges(self) -> tuple[int, int]:
+        """What a stride of two needs at the left and top, and at the right and bottom, in cells."""
         total = self.kernel_size[0] - 2
-        return F.pad(x, (total // 2, total - total // 2) * 2)
+        return total // 2, total - total // 2
+
+
+def _relu6_padded(x: Tensor, edges: tuple[int, int]) -> Tensor:
+    """``F.pad(F.relu6(x))`` in one walk over what is the largest of the trunk's arrays, without gradients."""
+    before, after = edges
+    count, channels, height, width = x.shape
+    padded = torch.empty(
+        (count, channels, before + height + after, before + width + after),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    for axis, length in ((2, height), (3, width)):
+        padded.narrow(axis, 0, before).zero_()
+        padded.narrow(axis, before + length, after).zero_()
+    torch.clamp(x, 0, 6, out=padded[:, :, before : before + height, before : before + width])
+    return padded
 
 
 class _InvertedResidual(nn.Module):
@@ -143,8 +161,13 @@ class _InvertedResidual(nn.Module):
             if wide_bytes > _WIDE_BYTES:
                 return self._in_thirds(x, self.expand)
         # In place: a third of the trunk's time goes into making and filling new arrays otherwise.
-        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
-        y = cast(Tensor, self.project(F.relu6(self.depthwise(y), inplace=True)))
+        if self.expand is None:
+            y = self.depthwise(x)
+        elif self.depthwise.stride[0] == 2 and not torch.is_grad_enabled():
+            y = nn.Conv2d.forward(self.depthwise, _relu6_padded(self.expand(x), self.depthwise.edges))
+        else:
+            y = self.depthwise(F.relu6(self.expand(x), inplace=True))
+        y = cast(Tensor, self.project(F.relu6(y, inplace=True)))
         return y.add_(x) if self.adds else y
 
     def _in_thirds(self, x: Tensor, expand: _Conv) -> Tensor:
@@ -334,9 +357,12 @@ def colour_evidence(rgb_coarse: Tensor, rgb_fine: Tensor, prior: Tensor) -> tupl
     inside = _weighted_share(bins, weight)
     outside = _weighted_share(bins, (1 - weight) * near)
     ratio = (torch.log((inside + 1e-3) / (outside + 1e-3)) / 4).clamp(-1, 1)
-    coarse = ratio.gather(1, bins).view(len(bins), 1, height, width)
-    fine = ratio.gather(1, _colour_bins(rgb_fine, mean, std)).view(len(bins), 1, *rgb_fine.shape[-2:])
-    return coarse, fine
+
+    def map_of(bins: Tensor, height: int, width: int) -> Tensor:
+        # As a map of channels_last, or all that it is joined with would be copied into the other order.
+        return ratio.gather(1, bins).view(len(bins), height, width, 1).permute(0, 3, 1, 2)
+
+    return map_of(bins, height, width), map_of(_colour_bins(rgb_fine, mean, std), *rgb_fine.shape[-2:])
 
 
 def _sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -877,7 +903,7 @@ class CompactSegmenter:
         def cut(name: str, each: int) -> Tensor:
             y, x = window.top * each, window.left * each
             part = embedding.features[name][:, y : y + window.height * each, x : x + window.width * each]
-            values = torch.from_numpy(part.astype(np.float32)).to(self._device)[None]
+            values = self._on_device(part)
             if shrink > 1:
                 values = F.pad(
                     values, (0, -window.width % shrink * each, 0, -window.height % shrink * each), mode="replicate"
@@ -908,12 +934,20 @@ class CompactSegmenter:
         return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
 
     @torch.inference_mode()
-    def dense(self, embedding: Embedding, *, window_xyxy: tuple[int, int, int, int] | None = None) -> DenseMaps:
+    def dense(
+        self,
+        embedding: Embedding,
+        *,
+        window_xyxy: tuple[int, int, int, int] | None = None,
+        labels: Collection[str] | None = None,
+    ) -> DenseMaps:
         """Class and border probabilities of the whole tile, with evidence, or of its columns and rows from … to.
 
-        A window comes without evidence, which is there for the shipped classes alone.
+        A window comes without evidence, which is there for the shipped classes alone. With ``labels``, of those classes
+        only: each takes its time.
         """
         self._check(embedding)
+        heads = {label: head for label, head in self._heads.items() if labels is None or label in labels}
         height, width = embedding.image_hw
         left, top, right, bottom = window_xyxy or (0, 0, width, height)
         rows, columns = embedding.features["coarse"].shape[1:]
@@ -923,14 +957,14 @@ class CompactSegmenter:
             min(n, math.ceil(v) + _HEAD_MARGIN_CELLS)
             for v, n in zip((right, bottom) / cell_xy, (columns, rows), strict=True)
         )
-        weights = [None if window_xyxy else self._evidence.get(label.casefold()) for label in self._heads]
+        weights = [None if window_xyxy else self._evidence.get(label.casefold()) for label in heads]
         speaks = any(weight is not None for weight in weights)
-        logits = np.zeros((len(self._heads), 4 if speaks else 2, 2 * (y1 - y0), 2 * (x1 - x0)), np.float32)
+        logits = np.zeros((len(heads), 4 if speaks else 2, 2 * (y1 - y0), 2 * (x1 - x0)), np.float32)
         for y, above, below in _blocks(y1 - y0, _BLOCK_CELLS, _HEAD_MARGIN_CELLS):
             for x, before, beyond in _blocks(x1 - x0, _BLOCK_CELLS, _HEAD_MARGIN_CELLS):
                 block = y0 + y, x0 + x, min(y1 - y0 - y, _BLOCK_CELLS), min(x1 - x0 - x, _BLOCK_CELLS)
                 coarse, fine = (self._cut(embedding, name, each, *block) for name, each in (("coarse", 1), ("fine", 2)))
-                for i, ((label, head), weight) in enumerate(zip(self._heads.items(), weights, strict=True)):
+                for i, ((label, head), weight) in enumerate(zip(heads.items(), weights, strict=True)):
                     if isinstance(head, ProjectHead):
                         found = head.dense(self._cut(embedding, f"coarse {label.casefold()}", 1, *block), fine)
                     else:
@@ -949,16 +983,23 @@ class CompactSegmenter:
             )
             if kind < 2:
                 maps[i, kind] = _sigmoid(maps[i, kind])
-        return DenseMaps(self.labels, maps[:, 0], maps[:, 1], self._scoring, maps[:, 2:] if speaks else None)
+        return DenseMaps(tuple(heads), maps[:, 0], maps[:, 1], self._scoring, maps[:, 2:] if speaks else None)
 
-    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+    def dense_mirrored(
+        self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0, labels: Collection[str] | None = None
+    ) -> DenseMaps:
         """What ``dense`` says of an image's mirror image; `DenseMaps.mean_with_mirrored` joins the two looks."""
-        return self.dense(self.embed(np.ascontiguousarray(image_rgb[:, ::-1]), scale=scale))
+        return self.dense(self.embed(np.ascontiguousarray(image_rgb[:, ::-1]), scale=scale), labels=labels)
 
     def _cut(self, embedding: Embedding, name: str, each: int, top: int, left: int, height: int, width: int) -> Tensor:
         """Part of named features, (1, C, h, w); place and size in cells, of which there are ``each`` a coarse one."""
         part = embedding.features[name][:, top * each : (top + height) * each, left * each : (left + width) * each]
-        return torch.from_numpy(part.astype(np.float32)).to(self._device)[None]
+        return self._on_device(part)
+
+    def _on_device(self, part: NDArray[np.generic]) -> Tensor:
+        """A batch of one, (1, C, h, w), of features, (C, h, w); each place's channels side by side, as is faster."""
+        values = torch.from_numpy(part)[None].to(self._device)
+        return values.to(torch.float32, memory_format=torch.channels_last)
 
 
 def _padded(image_rgb: NDArray[np.uint8], scale: float) -> tuple[NDArray[np.uint8], FloatArray]:

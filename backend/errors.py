@@ -81,5 +81,9 @@ class Busy(BackendError):
     """More is asked at once than can be answered in time; the same may be asked again soon."""
 
 
+class RegistryError(BackendError):
+    """The model registry does not answer, or refuses."""
+
+
 class UnknownVersion(BackendError):
     """A model version that the registry does not hold."""

@@ -18,9 +18,9 @@ import numpy as np
 
 from . import __version__, labelstudio
 from .client import NotFound, Unreachable
-from .errors import BackendError, LabelStudioError, TrainingError
+from .errors import BackendError, LabelStudioError, RegistryError, TrainingError
 from .images import ImageStore
-from .jobs import NotNow
+from .jobs import Jobs, NotNow
 from .journal import Journal, JournalError
 from .labelstudio import LabelConfig
 from .predictor import Trainable, damage, live_model, load_segmenter
@@ -85,6 +85,13 @@ def fit_project(settings: Settings, project_id: int, *, progress: Progress = lam
         )
 
 
+def fit_typed(settings: Settings, project_id: int, *, progress: Progress) -> Fitted:
+    """`fit_project` where a person waits for it: /status shows it too. Raises AtWork where it is trained already."""
+    with client_of(settings) as label_studio:
+        key = project_key_of(label_studio.project(project_id))
+    return Jobs(settings).train_here(key, lambda tell: fit_project(settings, project_id, progress=tell), progress)
+
+
 def fit_queued(settings: Settings, project_id: int, progress: Progress) -> tuple[str, str]:
     """`fit_project` as the webhook's process runs it. Raises NotNow for what comes right without anybody's doing."""
     try:
@@ -94,7 +101,7 @@ def fit_queued(settings: Settings, project_id: int, progress: Progress) -> tuple
     except Exception as error:
         # Each library has an error of its own for a full disk.
         is_full = any(sign in str(error) for sign in ("disk is full", "No space left on device"))
-        if isinstance(error, (LabelStudioError, JournalError)) or is_full:
+        if isinstance(error, (LabelStudioError, JournalError, RegistryError)) or is_full:
             raise NotNow(str(error)) from error
         raise
     return done.version, done.message

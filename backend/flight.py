@@ -6,6 +6,7 @@ import contextvars
 import functools
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -106,13 +107,22 @@ class SingleFlight(Generic[Result]):
             del self._flights[key]
 
 
+KEPT_S = 30.0
+"""After quick work, one place is kept free for more of it so long, in seconds."""
+
+
 class Gate:
-    """Lets few threads at a time at the device; who is more urgent goes first, then who came first."""
+    """Lets few threads at a time at the device: quick work first, then who is more urgent, then who came first.
+
+    While there is quick work now and then, all else leaves one place of several free for it: who waits for the answer
+    to a click does not wait for an image to be encoded.
+    """
 
     def __init__(self, places: int = 1) -> None:
         self._places = places
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: list[tuple[bool, int, int]] = []
         self._inside = 0
+        self._kept_until_s = -math.inf
         self._order = itertools.count()
         self._turn = threading.Condition()
         self.on_entered: Callable[[int, float], None] = lambda urgency, waited_s: None
@@ -130,29 +140,30 @@ class Gate:
             self._turn.notify_all()
 
     @contextmanager
-    def entered(self, *, urgency: int = 0, claim: Claim | None = None) -> Iterator[bool]:
-        """Hold a place for the length of a ``with`` block. The higher ``urgency`` goes first.
+    def entered(self, *, urgency: int = 0, is_quick: bool = False, claim: Claim | None = None) -> Iterator[bool]:
+        """Hold a place for the length of a ``with`` block. Quick work goes first, then the higher ``urgency``.
 
-        Gives whether nobody else was in or waiting. Raises Replaced where the ``claim`` is replaced before its turn.
+        Gives whether nobody else was in, or waits who may come in beside this one. Raises Replaced where the ``claim``
+        is replaced before its turn.
         """
-        ticket, came_s = (-urgency, next(self._order)), time.monotonic()
+        ticket, came_s = (not is_quick, -urgency, next(self._order)), time.monotonic()
         if claim is not None:
             claim.replaced.add_done_callback(self._wake)
         with self._turn:
+            if is_quick:
+                self._kept_until_s = came_s + KEPT_S
             heapq.heappush(self._waiting, ticket)
             self._turn.wait_for(
-                lambda: (
-                    (self._inside < self._places and self._waiting[0] == ticket)
-                    or (claim is not None and claim.replaced.done())
-                )
+                lambda: (self._waiting[0] == ticket and self._has_place()) or (claim and claim.replaced.done())
             )
             self._waiting.remove(ticket)
             heapq.heapify(self._waiting)
             if claim is not None and claim.replaced.done():
                 self._turn.notify_all()
                 raise Replaced
-            is_alone = not self._inside and not self._waiting
+            is_first = not self._inside
             self._inside += 1
+            is_alone = is_first and not self._has_place()
             # The next one may find a place beside this one.
             self._turn.notify_all()
         try:
@@ -162,6 +173,14 @@ class Gate:
             with self._turn:
                 self._inside -= 1
                 self._turn.notify_all()
+
+    def _has_place(self) -> bool:
+        """Whether somebody waits and the first of them may come in."""
+        if not self._waiting:
+            return False
+        is_long = self._waiting[0][0]
+        is_kept = is_long and self._places > 1 and time.monotonic() < self._kept_until_s
+        return self._inside < self._places - is_kept
 
     def _wake(self, _: Future[None]) -> None:
         with self._turn:

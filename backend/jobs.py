@@ -21,10 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,7 @@ State = Literal["idle", "waiting", "training", "done", "failed"]
 Record = TypeVar("Record", "Ask", "Run")
 Progress = Callable[[float, str], None]
 Train = Callable[[Progress], tuple[str, str]]
+Trained = TypeVar("Trained", bound="HasVersion")
 
 PAUSES_S = (0.0, 10.0, 60.0, 300.0)
 """Before a run that died is begun again: after the first, second, … time. After one more it is given up."""
@@ -55,6 +56,22 @@ _HANGS_S = 60.0
 _LOOK_EVERY_S = 0.2
 _TEND_EVERY_S = 1.0
 _MAX_LOG_BYTES = 2**20
+
+
+class AtWork(BackendError):
+    """Another process trains the project already."""
+
+
+class HasVersion(Protocol):
+    """What came of a run."""
+
+    @property
+    def version(self) -> str:
+        """Name of the model version."""
+
+    @property
+    def message(self) -> str:
+        """One sentence for people."""
 
 
 class NotNow(BackendError):
@@ -128,21 +145,41 @@ class Jobs:
         self._children_lock = threading.Lock()
         self._pauses: dict[str, tuple[float, float]] = {}
 
-    def changed(self, project: str, count: int = 1) -> bool:
+    def changed(self, project: str, count: int = 1, *, is_hasty: bool = True) -> bool:
         """Note that annotations changed; start training when enough have. Returns whether it was started."""
-        ask = self._update_ask(
-            project, lambda ask: replace(ask, changes=ask.changes + count, last_change=time.time()), is_hasty=True
-        )
+        try:
+            ask = self._update_ask(
+                project,
+                lambda ask: replace(ask, changes=ask.changes + count, last_change=time.time()),
+                is_hasty=is_hasty,
+            )
+        except Timeout:
+            return self._later(project, lambda: self.changed(project, count, is_hasty=False))
         if ask.changes < self._settings.start_training_each_n_updates or _left_s(ask.not_before) > 0:
             return False
         return self._start(project)
 
-    def start(self, project: str) -> bool:
+    def start(self, project: str, *, is_hasty: bool = True) -> bool:
         """Train as soon as may be. Returns whether a process was started; False: one is at work and will go on."""
         ask = self.ask(project)
         if not ask.at_once or ask.not_before:  # what is asked already need not be written: an annotator's save waits
-            self._update_ask(project, lambda ask: replace(ask, at_once=True, not_before=0.0), is_hasty=True)
+            try:
+                self._update_ask(project, lambda ask: replace(ask, at_once=True, not_before=0.0), is_hasty=is_hasty)
+            except Timeout:
+                return self._later(project, lambda: self.start(project, is_hasty=False))
         return self._start(project)
+
+    def _later(self, project: str, ask: Callable[[], bool]) -> bool:
+        """Ask as soon as the training process lets go of what is asked: it runs when nobody else does."""
+
+        def wait() -> None:
+            try:
+                ask()
+            except (OSError, DatabaseError) as error:
+                log.warning("what is asked of project %s's training cannot be written down: %s", project, error)
+
+        threading.Thread(target=wait, name="ask", daemon=True).start()
+        return False
 
     def run(self, project: str) -> Run:
         """How the project's newest run stands. One whose process is gone waits to be begun again, or has failed."""
@@ -217,6 +254,33 @@ class Jobs:
         ask = self.ask(project)
         if self._due_in(ask) is not None and _left_s(ask.not_before) <= 0:
             self.work(project, train)
+
+    def train_here(self, project: str, train: Callable[[Progress], Trained], progress: Progress) -> Trained:
+        """Train once in this process, where a person waits for it, and show how it stands like any other run.
+
+        Raises AtWork where another process trains the project, and what ``train`` raises.
+        """
+        run = Run("training", "reading annotations", started=time.time(), pid=os.getpid())
+
+        def tell(done: float, message: str) -> None:
+            progress(done, message)
+            self._show(project, replace(run, progress=done, message=message))
+
+        with ExitStack() as until_done:
+            try:
+                until_done.enter_context(self._desk.held(project, wait_s=1.0))
+            except Held:
+                raise AtWork(f"project {project} is being trained already; /status shows how far that is") from None
+            self._show(project, run)
+            try:
+                trained = train(tell)
+            except BaseException as error:
+                message = str(error) or type(error).__name__
+                self._show(project, replace(run, state="failed", message=message, finished=time.time()))
+                raise
+            came = {"state": "done", "progress": 1.0, "message": trained.message, "version": trained.version}
+            self._show(project, replace(run, finished=time.time(), **came))  # type: ignore[arg-type]
+        return trained
 
     def _due(self, project: str) -> bool:
         """Wait for a person's word or for quiet after enough changes; False where neither is asked, or not yet."""
@@ -304,8 +368,9 @@ class Jobs:
         log_name = self.log_path(project).name
         if self._due_in(ask) is not None:
             return f"the training process ended before it was done ({log_name}); it is begun again"
+        how_often = f" {ask.tries} times" if ask.tries else ""
         return (
-            f"the training process ended {ask.tries} times before it was done; see {log_name}. START_TRAINING,"
+            f"the training process ended{how_often} before it was done; see {log_name}. START_TRAINING,"
             f" {self._settings.start_training_each_n_updates} more annotations or a restart begin it again"
         )
 

@@ -105,7 +105,19 @@ class Outlining(Protocol):
 class Mirroring(Protocol):
     """A segmenter quick enough to look at a tile and at its mirror image to pre-label it: two see more than one."""
 
-    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+    def dense(
+        self,
+        embedding: Embedding,
+        *,
+        window_xyxy: tuple[int, int, int, int] | None = None,
+        labels: Collection[str] | None = None,
+    ) -> DenseMaps:
+        """What a `Segmenter` says of an image, of those classes only."""
+        ...
+
+    def dense_mirrored(
+        self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0, labels: Collection[str] | None = None
+    ) -> DenseMaps:
         """What ``dense`` says of the image's mirror image, seen ``scale`` times as large."""
         ...
 
@@ -339,11 +351,15 @@ class Predictor:
         if not labels:
             return PreLabels([], [], 0.0)
         embedding = self.embed(model, image_rgb, key, urgency=urgency, scale=scale)
-        dense = self._dense(model, embedding, urgency)
         segmenter = model.segmenter
         if isinstance(segmenter, Mirroring):
             with self._device(model, urgency=urgency):
-                dense = dense.mean_with_mirrored(segmenter.dense_mirrored(image_rgb, scale=scale))
+                dense = segmenter.dense(embedding, labels=labels)
+            with self._device(model, urgency=urgency):
+                dense = dense.mean_with_mirrored(segmenter.dense_mirrored(image_rgb, scale=scale, labels=labels))
+        else:
+            with self._device(model, urgency=urgency):
+                dense = segmenter.dense(embedding)
 
         def redrawn(objects: list[list[Polygon]]) -> list[list[Polygon]]:
             if not isinstance(segmenter, Outlining):
@@ -373,7 +389,7 @@ class Predictor:
         Raises Replaced where the ``claim`` is replaced before its turn.
         """
         embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale, claim=claim)
-        with self._device(model, urgency=INTERACTIVE, claim=claim):
+        with self._device(model, urgency=INTERACTIVE, is_quick=True, claim=claim):
             masks = model.segmenter.segment(embedding, prompts)
         polygons = vectorize.polygons(masks.probabilities[0], options=options)
         tie = "prompted" if len(polygons) > 1 else ""
@@ -397,7 +413,7 @@ class Predictor:
         outlines = [region.polygon for region in regions]
         reach = max(2, round(0.25 * math.sqrt(sum(outline.area for outline in outlines))))
         window = _window_xyxy(outlines, reach, embedding.image_hw)
-        with self._device(model, urgency=INTERACTIVE, claim=claim):
+        with self._device(model, urgency=INTERACTIVE, is_quick=True, claim=claim):
             dense = model.segmenter.dense(embedding, window_xyxy=window)
         left, top, right, bottom = window
         local = [shapely.transform(outline, lambda xy: xy - (left, top)) for outline in outlines]
@@ -416,17 +432,15 @@ class Predictor:
         return best
 
     @contextmanager
-    def _device(self, model: Loaded, *, urgency: int, claim: Claim | None = None) -> Iterator[None]:
+    def _device(
+        self, model: Loaded, *, urgency: int, is_quick: bool = False, claim: Claim | None = None
+    ) -> Iterator[None]:
         """A place at the device: all processors for one alone, else a share of them, on which two get more done."""
-        with self.gate.entered(urgency=urgency, claim=claim) as is_alone:
+        with self.gate.entered(urgency=urgency, is_quick=is_quick, claim=claim) as is_alone:
             if isinstance(model.segmenter, Shareable):
                 threads = model.segmenter.threads
                 model.segmenter.use_threads(threads if is_alone else max(1, threads // self.gate.places))
             yield
-
-    def _dense(self, model: Loaded, embedding: Embedding, urgency: int) -> DenseMaps:
-        with self._device(model, urgency=urgency):
-            return model.segmenter.dense(embedding)
 
     def _load_base(self) -> None:
         try:

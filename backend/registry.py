@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from .errors import BadWeights, UnknownVersion
+from .errors import BadWeights, RegistryError, UnknownVersion
 from .flight import IMPORTING
 from .settings import Settings
 
@@ -123,12 +124,10 @@ class TrainingRun:
 
     def end(self, status: str, why: str = "") -> None:
         """Close it, as ``FINISHED`` or ``FAILED``."""
-        from mlflow.exceptions import MlflowException
-
         self._note(tags={"mlflow.note.content": why[:5000]})
         try:
             self._client.set_terminated(self.run_id, status)
-        except MlflowException as error:
+        except RegistryError as error:
             log.warning("MLflow run %s: %s", self.run_id, error)
 
     def _note(
@@ -140,7 +139,6 @@ class TrainingRun:
         step: int = 0,
     ) -> None:
         from mlflow.entities import Metric, Param, RunTag
-        from mlflow.exceptions import MlflowException
 
         now_ms = int(time.time() * 1000)
         try:
@@ -150,7 +148,7 @@ class TrainingRun:
                 params=[Param(name, value) for name, value in (params or {}).items()],
                 tags=[RunTag(name, value) for name, value in (tags or {}).items()],
             )
-        except MlflowException as error:
+        except RegistryError as error:
             log.warning("MLflow run %s: %s", self.run_id, error)
 
 
@@ -192,10 +190,11 @@ class Registry:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._model_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._model_dir / "mlflow.lock"):
-            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        uri = _without_login(self._uri)
+        with FileLock(self._model_dir / "mlflow.lock"), _told(uri):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)
-        return client
+        return cast("MlflowClient", _Told(client, uri))
 
     def champions(self) -> dict[str, ModelVersion]:
         """The live version of each project that has one."""
@@ -280,13 +279,11 @@ class Registry:
         """Fetch the weights of a version that another machine made, where they are not here; failing is logged."""
         if self._is_local or not version.run_id or version.heads_path.exists():
             return
-        from mlflow.exceptions import MlflowException
-
         try:
             with tempfile.TemporaryDirectory(prefix="geoprelabel-weights-") as scratch:
                 fetched = self._client.download_artifacts(version.run_id, HEADS_FILE, scratch)
                 _copy_whole(Path(fetched), version.heads_path)
-        except (MlflowException, OSError) as error:
+        except (RegistryError, OSError) as error:
             log.warning("the weights of %s cannot be fetched from MLflow: %s", version.name, error)
 
     def activate(self, project: str, name: str) -> ModelVersion:
@@ -381,6 +378,45 @@ class Registry:
             run_id=version.run_id or "",
             tags=tags,
         )
+
+
+class _Told:
+    """MLflow's client, which says what went wrong as a `RegistryError`."""
+
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._client = client
+        self._uri = uri
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            with _told(self._uri):
+                return getattr(self._client, name)(*given, **named)
+
+        return call
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Raise RegistryError for what MLflow and its database raise: the first line, as the rest is SQL."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        first = str(error).partition("\n")[0][:300]
+        where = re.sub("//[^/@]*@", "//", uri)
+        raise RegistryError(f"the model registry at {where} (MLFLOW_TRACKING_URI) failed: {first}") from error
+
+
+def _without_login(uri: str) -> str:
+    """A server's address without user and password. MLflow gets them as its own variables: its errors say addresses."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _all_pages(page_after: Callable[[str | None], Any]) -> Iterator[Any]:

@@ -38,6 +38,9 @@ NOTE = "GeoPrelabel: "
 TAB = "GeoPrelabel findings"
 """Title of the Data Manager's tab that lists tasks with notes of ours."""
 
+PAUSE_S = 0.2
+"""Before a check, in seconds: the annotator's save goes on for so long, and may have another call for this process."""
+
 _QUIET_S = 1.0
 """A note is written when no newer version came for so long, in seconds: who saves once may save again."""
 
@@ -154,6 +157,9 @@ class Reviews:
                 self._is_busy = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                if not self._is_closed:
+                    came = next(iter(self._waiting.values())).came
+                    self._changed.wait_for(lambda: self._is_closed, max(0.0, came + PAUSE_S - time.monotonic()))
                 if self._is_closed:
                     return
                 _, version = self._waiting.popitem(last=False)

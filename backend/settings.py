@@ -150,8 +150,6 @@ class Settings(BaseSettings):
     dask_training_resources: str = Field("", validation_alias="GEOPRELABEL_DASK_TRAINING_RESOURCES")
     """The same for training, e.g. TRAINING=1."""
 
-    """Scheduler of a Dask cluster for bulk work, e.g. tcp://scheduler:8786; empty: this machine alone."""
-
     sam_checkpoint: Path | None = Field(None, validation_alias="GEOPRELABEL_SAM_CHECKPOINT")
     """A checkpoint of Segment Anything of one's own (fine-tuned, say), taken as it is instead of Meta's."""
 

@@ -20,7 +20,8 @@ circle{fill:currentColor}
 .v0{color:#1f77b4}.v1{color:#e07b00}.v2{color:#2e9e44}.v3{color:#d04a4a}.v4{color:#9a6dd0}.v5{color:#8c8c4a}
 .ok{color:var(--ok)}.bad{color:var(--bad)}.quiet{opacity:.7}progress{width:8rem}
 @media(prefers-color-scheme:dark){:root{--ok:#3fb950;--bad:#ff7b72}}
-@media(max-width:44rem){.listed tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--line)}
+@media(min-width:44rem){table:not(.listed) td:first-child{width:15rem}}
+@media(max-width:62rem){.listed tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--line)}
 .listed tr.head,.listed td:empty{display:none}.listed td{display:flex;gap:.6rem;padding:.1rem 0;border:0}
 .listed td:before{content:attr(data-of);flex:0 0 7.6rem;opacity:.7}}
 """
@@ -48,8 +49,6 @@ def render(facts: Mapping[str, Any]) -> str:
         f"<title>GeoPrelabel</title><style>{_STYLE}</style><h1>GeoPrelabel</h1>"
         + _table(None, rows)
         + _untrained(facts["untrained_labels"])
-        + "<h2>Queues, caches, disk</h2>"
-        + _load(facts)
         + "<h2>Training</h2>"
         + _training(facts["training"])
         + "<h2>Model versions</h2>"
@@ -60,6 +59,8 @@ def render(facts: Mapping[str, Any]) -> str:
         + _findings(facts["findings"], facts["finding_counts"])
         + "<h2>Last problems</h2>"
         + _problems(facts["problems"])
+        + "<h2>Queues, caches, disk</h2>"
+        + _load(facts)
         + "</html>"
     )
 

@@ -445,3 +445,29 @@ def test_a_mirror_image_is_seen_as_if_it_were_the_image(segmenter: CompactSegmen
     dense = segmenter.dense(segmenter.embed(picture))
     assert np.array_equal(mirrored.probabilities, dense.probabilities)
     assert np.array_equal(dense.mean_with_mirrored(mirrored).boundary, (dense.boundary + dense.boundary[..., ::-1]) / 2)
+
+
+@pytest.mark.parametrize("window_xyxy", [None, (10, 4, 60, 50)])
+def test_maps_of_some_classes_are_those_that_all_have(shipped: CompactSegmenter, window_xyxy):
+    picture = image(64, 96, 8)
+    embedding = shipped.embed(picture)
+    every = shipped.dense(embedding, window_xyxy=window_xyxy)
+    some = shipped.dense(embedding, window_xyxy=window_xyxy, labels=["field"])
+    which = [every.labels.index("field")]
+    assert some.labels == ("field",)
+    assert np.array_equal(some.probabilities, every.probabilities[which])
+    assert np.array_equal(some.boundary, every.boundary[which])
+    assert (some.evidence is None) == (every.evidence is None) == (window_xyxy is not None)
+    if some.evidence is not None and every.evidence is not None:
+        assert np.array_equal(some.evidence, every.evidence[which])
+    assert shipped.dense_mirrored(picture, labels=["building"]).labels == ("building",)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_stride_of_two_sees_the_same_with_and_without_gradients(kernel: int):
+    torch.manual_seed(kernel)
+    block = compact._InvertedResidual(6, kernel, 2, 4, 8)
+    cells = torch.randn(2, 4, 12, 18).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        quick = block(cells)
+    torch.testing.assert_close(quick, block(cells).detach())

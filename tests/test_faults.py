@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backend import annotations, export
+from backend import annotations, export, fit
 from backend.client import LabelStudio, Unreachable
 from backend.embeddings import EmbeddingFiles, EmbeddingKey
-from backend.errors import BackendError, LabelStudioError
+from backend.errors import BackendError, LabelStudioError, RegistryError
 from backend.findings import Finding, Findings
 from backend.flight import Gate
-from backend.jobs import Ask, Jobs
+from backend.jobs import Ask, Jobs, NotNow
 from backend.journal import Journal, JournalError
 from backend.problems import Problems
 from backend.registry import Registry
@@ -29,6 +29,7 @@ from backend.segmenter import Embedding
 from backend.service import PredictRequest, Service, remove_scratch
 from backend.settings import Settings
 from benchmarks import faults
+from demo.label_studio import free_port
 
 from .fakes import BrightSegmenter
 from .small_disk import fill, mounted
@@ -361,6 +362,28 @@ def test_while_the_registry_is_locked_the_live_version_goes_on_serving(tmp_path:
             assert time.monotonic() - begun < 2.0
     finally:
         service.close()
+
+
+def test_while_the_registry_is_damaged_or_away_a_command_says_one_sentence_and_a_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = Settings(data_dir=tmp_path)
+    assert Registry(settings).champions() == {}
+    settings.model_dir.mkdir(parents=True, exist_ok=True)
+    (settings.model_dir / "mlflow.db").write_bytes(b"no database at all" * 100)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = Settings(data_dir=tmp_path, mlflow_tracking_uri=f"http://127.0.0.1:{free_port()}")
+    for each in (settings, away):
+        with pytest.raises(RegistryError, match=r"^the model registry at \S+ \(MLFLOW_TRACKING_URI\) failed: ") as told:
+            Registry(each).versions()
+        assert "\n" not in str(told.value)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise told.value
+
+    monkeypatch.setattr(fit, "fit_project", refuse)
+    with pytest.raises(NotNow, match="the model registry at"):
+        fit.fit_queued(settings, 1, lambda done, message: None)
 
 
 def test_a_damaged_journal_is_said_with_the_way_out(tmp_path: Path):

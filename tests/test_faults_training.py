@@ -19,7 +19,8 @@ import pytest
 
 from backend import fit, training
 from backend.client import LabelStudio
-from backend.jobs import Ask, Jobs
+from backend.errors import BackendError
+from backend.jobs import Ask, AtWork, Jobs
 from backend.journal import Journal
 from backend.registry import Registry
 from backend.service import Service
@@ -298,6 +299,28 @@ def test_a_project_that_was_deleted_in_label_studio_ends_the_run(tmp_path, label
     ask(settings)
     jobs = train(settings)
     assert (jobs.run(PROJECT).state, jobs.ask(PROJECT)) == ("failed", Ask())
+
+
+def test_a_training_that_is_typed_is_shown_like_any_other_and_is_the_only_one(tmp_path, label_studio_of_three, trained):
+    shutil.copytree(trained, tmp_path / "data")
+    settings = settings_of(tmp_path / "data", label_studio_of_three)
+    label_studio_of_three.annotate(4)
+    jobs, shown = Jobs(settings), []
+
+    def progress(done: float, message: str) -> None:
+        if not shown:
+            with pytest.raises(AtWork, match="/status"):
+                fit.fit_typed(settings, NUMBER, progress=lambda *told: None)
+        shown.append(jobs.run(PROJECT).state)
+
+    done = fit.fit_typed(settings, NUMBER, progress=progress)
+    run = jobs.run(PROJECT)
+    assert set(shown) == {"training"}
+    assert (run.state, run.version, run.message, jobs.ask(PROJECT)) == ("done", done.version, done.message, Ask())
+    label_studio_of_three.fault = at("/api/tasks/", as_json({"detail": "Not found."}, 404))
+    with pytest.raises(BackendError) as refused:
+        fit.fit_typed(settings, NUMBER, progress=lambda *told: None)
+    assert (jobs.run(PROJECT).state, jobs.run(PROJECT).message) == ("failed", str(refused.value))
 
 
 def test_after_a_start_what_was_missed_is_read_and_training_asked_for(tmp_path, label_studio_of_three):

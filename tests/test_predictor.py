@@ -70,6 +70,51 @@ def test_a_gate_of_two_places_says_who_is_alone_and_keeps_a_third_out():
     assert gate.waiting == 0
 
 
+def test_while_there_are_clicks_other_work_leaves_them_a_place():
+    gate, inside, go = Gate(2), [], threading.Event()
+
+    def long(name: str, urgency: int) -> None:
+        with gate.entered(urgency=urgency) as is_alone:
+            inside.append((name, is_alone))
+            go.wait(20)
+
+    with gate.entered(urgency=2, is_quick=True) as is_alone:
+        assert is_alone
+    threads = started(lambda: long("opened", 1))
+    until(lambda: len(inside) == 1)
+    # As urgent as a click, but it takes as long as an image does to be encoded.
+    threads += started(lambda: long("cold click", 2))
+    until(lambda: gate.waiting == 1)
+    with gate.entered(urgency=2, is_quick=True) as is_alone:
+        assert not is_alone
+        assert (inside, gate.waiting) == ([("opened", True)], 1)
+    # Nobody has clicked for a while.
+    gate._kept_until_s = 0.0
+    gate.places = 2
+    until(lambda: len(inside) == 2)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert inside[1] == ("cold click", False)
+
+
+def test_quick_work_goes_before_long_work_that_is_as_urgent_and_came_first():
+    gate, order = Gate(), []
+
+    def enter(name: str, is_quick: bool) -> None:
+        with gate.entered(urgency=2, is_quick=is_quick):
+            order.append(name)
+
+    threads: list[threading.Thread] = []
+    with gate.entered():
+        for count, (name, is_quick) in enumerate((("cold click", False), ("click", True)), 1):
+            threads += started(lambda name=name, is_quick=is_quick: enter(name, is_quick))
+            until(lambda count=count: gate.waiting == count)
+    for thread in threads:
+        thread.join(20)
+    assert order == ["click", "cold click"]
+
+
 def test_a_replaced_claim_leaves_the_line_at_once():
     gate, claims, gone = Gate(), Claims(), threading.Event()
 

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from filelock import FileLock
 from shapely import Polygon, box
 from typer.testing import CliRunner
 
 from backend import cli, labelstudio
 from backend.client import LabelStudio
 from backend.errors import BadRequest
+from backend.jobs import Jobs
 from backend.server import create_app
 from backend.service import Service
 from backend.settings import Settings
@@ -127,6 +129,19 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 # --- Newest first, enough for all ---
+
+
+def test_no_save_waits_for_a_training_process_that_is_given_no_processor(tmp_path):
+    jobs, answers = Jobs(Settings(data_dir=tmp_path, start_training_each_n_updates=100)), []
+    jobs.changed(PROJECT)
+    # As the process does, for the moment that it takes to write; it is the first to be put off.
+    with FileLock(tmp_path / "jobs" / f"{PROJECT}.ask.json.lock"):
+        save = threading.Thread(target=lambda: answers.append(jobs.changed(PROJECT, 2)))
+        save.start()
+        save.join(20)
+        assert answers == [False]
+        assert jobs.ask(PROJECT).changes == 1
+    until(lambda: jobs.ask(PROJECT).changes == 3)
 
 
 def test_a_newer_click_takes_a_waiting_ones_place(serve):

@@ -17,7 +17,8 @@ import pytest
 
 from backend.boxes import LastBoxes
 from backend.embeddings import EmbeddingFiles, EmbeddingKey
-from backend.errors import BackendError
+from backend.errors import BackendError, RegistryError
+from backend.jobs import Jobs
 from backend.journal import Journal
 from backend.problems import Problems
 from backend.registry import Registry
@@ -90,14 +91,19 @@ def test_no_secret_leaves_the_settings(tmp_path: Path, token: str):
         finally:
             stop(backend)
         (tmp_path / "tasks.json").write_text(json.dumps([{"id": 1, "data": {"image": "/data/upload/3/1.png"}}]))
-        push = [sys.executable, "-m", "backend", "push", str(tmp_path / "tasks.json"), "--project", str(NUMBER)]
+        program = "from backend import cli, training; training._STEPS = 2; cli.main()"
+        commands = (
+            ["push", str(tmp_path / "tasks.json"), "--project", str(NUMBER)],
+            ["doctor"],
+            ["train", "--project", str(NUMBER)],
+        )
         # Starting a program costs seconds, and both kinds of token take the same way in it.
-        for asked in () if token == PERSONAL else (push, [sys.executable, "-m", "backend", "doctor"]):
+        for command in () if token == PERSONAL else commands:
             done = subprocess.run(
-                asked,
+                [sys.executable, "-c", program, *command],
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
                 env={
                     **os.environ,
                     **environment,
@@ -108,9 +114,10 @@ def test_no_secret_leaves_the_settings(tmp_path: Path, token: str):
             )
             answers.append(done.stdout + done.stderr)
         if token != PERSONAL:
-            registry = Registry(Settings(data_dir=tmp_path / "session" / "data"))
-            with registry.recorded(PROJECT) as run:
-                run.params({"label_studio": studio.server.url})
+            settings = Settings(data_dir=tmp_path / "session" / "data")
+            assert Jobs(settings).run(PROJECT).state == "done", (Jobs(settings).run(PROJECT), answers[-1])
+            (trained,) = Registry(settings).versions(PROJECT)
+            assert trained.run_id
     assert leaks_in(tmp_path) == []
     assert [answer for answer in answers if any(leak in answer for leak in LEAKS)] == []
     assert backend.offences() == []
@@ -189,6 +196,8 @@ def test_a_secret_in_a_file_counts_like_one_in_the_environment(tmp_path: Path, m
         "GEOPRELABEL_DATABASE_URL": "database_url",
         "GEOPRELABEL_TILES_SECRET": "tiles_secret",
     }
+    (tmp_path / "uri").write_text("http://me:sesame77@mlflow:5000\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI_FILE", str(tmp_path / "uri"))
     monkeypatch.setenv("BASIC_AUTH_USER", "geo")
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -199,6 +208,24 @@ def test_a_secret_in_a_file_counts_like_one_in_the_environment(tmp_path: Path, m
         name: f"of {name}" for name in names
     }
     assert "of " not in repr(settings)
+    assert settings.mlflow_tracking_uri == "http://me:sesame77@mlflow:5000"
+    assert "sesame77" in settings.secrets
+
+
+def test_a_registry_that_refuses_is_one_sentence_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that what the registry sets is gone afterwards
+    refused = as_json({"error_code": "INVALID_PARAMETER_VALUE", "message": "not today"}, 400)
+    with SmallServer(lambda asked: refused) as mlflow:
+        uri = mlflow.url.replace("//", "//me:MARKED%408@")
+        (tmp_path / "uri").write_text(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI_FILE", str(tmp_path / "uri"))
+        with pytest.raises(RegistryError, match="not today") as told:
+            Registry(Settings.from_environment(data_dir=tmp_path)).versions()
+        given = {asked.headers.get("Authorization", "") for asked in mlflow.asked}
+    assert given == {"Basic " + base64.b64encode(b"me:MARKED@8").decode()}
+    assert "MARKED" not in f"{told.value} {told.value.__cause__}"
+    assert "\n" not in str(told.value)
 
 
 def test_every_secret_setting_can_come_from_a_file():
