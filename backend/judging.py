@@ -24,8 +24,8 @@ from shapely import Polygon
 
 from . import vectorize
 from .evaluation import overlaps
-from .predictor import Outlining, Scalable, outlined, pre_label_options, pre_labels_of
-from .segmenter import Embedding, Prompts, Segmenter
+from .predictor import Mirroring, Outlining, Scalable, outlined, pre_label_options, pre_labels_of
+from .segmenter import DenseMaps, Embedding, Prompts, Segmenter
 from .tile import Region
 from .vectorize import VectorizeOptions
 
@@ -167,8 +167,22 @@ def _embed(
 ) -> Embedding:
     if not isinstance(segmenter, Scalable):
         return segmenter.embed(image_rgb)
-    scale = segmenter.working_scale((image_rgb.shape[0], image_rgb.shape[1]), gsd_m, labels)
-    return segmenter.embed(image_rgb, scale=scale)
+    return segmenter.embed(image_rgb, scale=_scale(segmenter, image_rgb, gsd_m, labels))
+
+
+def _scale(segmenter: object, image_rgb: NDArray[np.uint8], gsd_m: float | None, labels: Collection[str]) -> float:
+    if not isinstance(segmenter, Scalable):
+        return 1.0
+    return segmenter.working_scale((image_rgb.shape[0], image_rgb.shape[1]), gsd_m, labels)
+
+
+def looked_at(model: Segmenter, example: Example, labels: Collection[str]) -> DenseMaps:
+    """Maps of a tile that has its features, as pre-labels see it: where its image is at hand, also mirrored."""
+    dense = model.dense(_embedding(example))
+    if isinstance(model, Mirroring) and example.image_rgb is not None:
+        scale = _scale(model, example.image_rgb, example.gsd_m, labels)
+        dense = dense.mean_with_mirrored(model.dense_mirrored(example.image_rgb, scale=scale))
+    return dense
 
 
 # --- What came of it --------------------------------------------------------------------------------------------------
@@ -379,7 +393,7 @@ def _tally(model: Segmenter, examples: Sequence[Example], labels: Sequence[str],
     for tile, example in enumerate(examples):
         options = pre_label_options(example.gsd_m)
         (seen,) = embedded(model, [example], labels)
-        regions = _served(model, _embedding(seen), known, options, min_score)
+        regions = _served(model, seen, known, labels, options, min_score)
         found = [(region.label, region.polygon) for region in regions]
         true = [
             (label.casefold(), outline)
@@ -406,15 +420,21 @@ def _tally(model: Segmenter, examples: Sequence[Example], labels: Sequence[str],
 
 
 def _served(
-    model: Segmenter, embedding: Embedding, labels: Mapping[str, str], options: VectorizeOptions, min_score: float
+    model: Segmenter,
+    seen: Example,
+    known: Mapping[str, str],
+    labels: Collection[str],
+    options: VectorizeOptions,
+    min_score: float,
 ) -> list[Region]:
-    """What `Predictor.automatic` gives."""
+    """What `Predictor.automatic` gives, but for right angles."""
+    embedding = _embedding(seen)
 
     def redrawn(objects: list[list[Polygon]]) -> list[list[Polygon]]:
         return outlined(model, embedding, objects, options) if isinstance(model, Outlining) and objects else objects
 
-    dense = model.dense(embedding)
-    return pre_labels_of(dense, labels, options=options, min_score=min_score, redrawn=redrawn).regions
+    dense = looked_at(model, seen, labels)
+    return pre_labels_of(dense, known, options=options, min_score=min_score, redrawn=redrawn).regions
 
 
 def calibration_error(scores: FloatArray, is_right: BoolArray, bins: int = _BINS) -> float:

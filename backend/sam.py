@@ -13,8 +13,10 @@ Sources: Kirillov et al., "Segment Anything" (2023); Li et al., "MViTv2" (2022) 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -556,77 +558,139 @@ def encoded(encoder: Any, frame: Tensor) -> Tensor:
     x = encoder.patch_embed(frame)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
-    x = x[0].float()
+    _, rows, columns, channels = x.shape
+    x, window = x.float().reshape(-1, channels), 0
     for block in encoder.blocks:
-        x += _looked_around(block, block.norm1(x))
-        flat = x.view(-1, x.shape[-1])
+        if block.window_size != window:
+            # Window by window, the tokens that look at each other lie together: they need not be copied for it.
+            order = _windows(rows, columns, block.window_size)[0].to(x.device)
+            x = x[order] if window == 0 else _in_rows(x, rows, columns, window)[order]
+            window = block.window_size
+        _add(x, block.attn.proj, _looked_around(block.attn, block.norm1(x), (rows, columns), window))
         # Part by part, the widened tokens stay in the processor's cache.
-        for part in flat.split(_MLP_TOKENS if x.device.type == "cpu" else len(flat)):
-            part += block.mlp(block.norm2(part))
-    return cast(Tensor, encoder.neck(x.permute(2, 0, 1)[None]).float())
+        for part in x.split(_MLP_TOKENS if x.device.type == "cpu" else len(x)):
+            _add(part, block.mlp.lin2, block.mlp.act(block.mlp.lin1(block.norm2(part))))
+    x = _in_rows(x, rows, columns, window).view(1, rows, columns, channels)
+    return cast(Tensor, encoder.neck(x.permute(0, 3, 1, 2)).float())
 
 
-def _looked_around(block: Any, x: Tensor) -> Tensor:
-    """A block's attention on tokens (h, w, C): of all to all, or within windows."""
-    attention = block.attn
-    rows, columns, channels = x.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x)
-    side = block.window_size
-    high, wide = (side, side) if side else (rows, columns)
-    down, across = math.ceil(rows / high), math.ceil(columns / wide)
-    if (down * high, across * wide) != (rows, columns):
-        # Windows reach over the edge: there the input is zero, and its projection the bias.
-        padded = qkv.new_empty(down * high, across * wide, 3 * channels)
-        padded[rows:] = padded[:rows, columns:] = 0 if attention.qkv.bias is None else attention.qkv.bias
-        padded[:rows, :columns] = qkv
-        qkv = padded
-    parts = qkv.view(down, high, across, wide, 3, heads, -1).permute(4, 0, 2, 5, 1, 3, 6)
-    q, k, v = parts.reshape(3, down * across * heads, high, wide, channels // heads)
-    seen = _attention(q, k, v, attention)
-    seen = seen.view(down, across, heads, high, wide, -1).permute(0, 3, 1, 4, 2, 5)
-    seen = seen.reshape(down * high, across * wide, channels)[:rows, :columns]
-    return cast(Tensor, attention.proj(seen))
+def _add(x: Tensor, layer: nn.Linear, y: Tensor) -> None:
+    """Add layer(y) to x, with the product added while it is made where both are of one type."""
+    if x.dtype == y.dtype and layer.bias is not None:
+        x.add_(layer.bias).addmm_(y, layer.weight.T)
+    else:
+        x += layer(y)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Any) -> Tensor:
-    """Softmax attention with decomposed relative positions; q, k, v and what comes of it are (N, h, w, c).
+@functools.lru_cache(maxsize=16)
+def _windows(rows: int, columns: int, side: int) -> tuple[Tensor, tuple[tuple[int, int, int], ...]]:
+    """Numbers of the tokens window by window, and count, rows and columns of windows of one size after the other.
 
-    The map of all against all is never held whole, only for some items or some rows of one item at a time.
+    Windows at the edge have fewer rows or columns than ``side``; one window holds all where that is 0.
     """
-    n, high, wide, _ = q.shape
-    tokens = high * wide
-    if attention.use_rel_pos:
-        rel_h = torch.einsum("nhwc,hkc->nhwk", q, _relative(attention.rel_pos_h, high).to(q.dtype))
-        rel_w = torch.einsum("nhwc,wkc->nhwk", q, _relative(attention.rel_pos_w, wide).to(q.dtype))
-    keys, values = (x.reshape(1, n, tokens, -1) for x in (k, v))
-    seen = torch.empty_like(q)
-    most = _MAP_VALUES.get(q.device.type, 2**24)
-    items, rows = max(1, most // tokens**2), high if tokens**2 <= most else max(1, most // (wide * tokens))
-    room = q.new_empty(min(items, n) * min(rows, high) * wide * tokens)
-    for i in range(0, n, items):
+    numbers = torch.arange(rows * columns).view(rows, columns)
+    high, wide = side or rows, side or columns
+    order, sizes = [], []
+    for top, down, h in ((0, rows // high, high), (rows - rows % high, 1, rows % high)):
+        for left, across, w in ((0, columns // wide, wide), (columns - columns % wide, 1, columns % wide)):
+            if down * h * across * w:
+                part = numbers[top : top + down * h, left : left + across * w].reshape(down, h, across, w)
+                order.append(part.permute(0, 2, 1, 3).reshape(-1))
+                sizes.append((down * across, h, w))
+    return torch.cat(order), tuple(sizes)
+
+
+def _in_rows(x: Tensor, rows: int, columns: int, window: int) -> Tensor:
+    """Tokens (T, C) that lie window by window, row by row."""
+    if not window:
+        return x
+    order = _windows(rows, columns, window)[0].to(x.device)
+    return torch.empty_like(x).index_copy_(0, order, x)
+
+
+def _looked_around(attention: Any, x: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """What attention makes of tokens (T, C), window by window, before its projection."""
+    qkv = attention.qkv(x).view(len(x), 3, attention.num_heads, -1)
+    seen = torch.empty_like(qkv[:, 0])
+    first = 0
+    for count, high, wide in _windows(*size, window)[1]:
+        some = slice(first, first := first + count * high * wide)
+        kv, key_hw = qkv[some, 1:], (window or high, window or wide)
+        if (high, wide) != key_hw:
+            # Windows reach over the edge: there the input is zero, and its projection the bias.
+            padded = kv.new_zeros(count, *key_hw, *kv.shape[1:])
+            if attention.qkv.bias is not None:
+                padded += attention.qkv.bias.view(3, *kv.shape[2:])[1:]
+            padded[:, :high, :wide] = kv.view(count, high, wide, *kv.shape[1:])
+            kv = padded.flatten(0, 2)
+        _attention(qkv[some, 0], kv, (high, wide), key_hw, attention, seen[some])
+    return seen.flatten(1)
+
+
+def _attention(
+    q: Tensor, kv: Tensor, query_hw: tuple[int, int], key_hw: tuple[int, int], attention: Any, out: Tensor
+) -> None:
+    """Softmax attention with decomposed relative positions, of windows one after the other, into ``out``.
+
+    q and out are (n · h · w, heads, c), kv is (n · H · W, 2, heads, c). The map of all against all is never held whole,
+    only for some windows, or some heads or rows of one at a time.
+    """
+    (high, wide), (_, heads, channels) = query_hw, q.shape
+    tokens, others = high * wide, math.prod(key_hw)
+    n = len(q) // tokens
+    asks = q.view(n, tokens, heads, channels).transpose(1, 2)
+    keys, values = kv.view(n, others, 2, heads, channels).permute(2, 0, 3, 1, 4)
+    seen = out.view(n, tokens, heads, channels).transpose(1, 2)
+    most = max(_MAP_VALUES.get(q.device.type, 2**24), wide * others)
+    rows = min(high, most // (wide * others))
+    at_once = min(heads, max(1, most // (tokens * others)))
+    windows = min(n, max(1, most // (heads * tokens * others)))
+    room = q.new_empty(windows * at_once * rows * wide * others)
+    for i, head in itertools.product(range(0, n, windows), range(0, heads, at_once)):
+        some = np.s_[i : i + windows, head : head + at_once]
+        near = _nearness(asks[some], query_hw, key_hw, attention) if attention.use_rel_pos else None
         for y in range(0, high, rows):
-            some = np.s_[i : i + items, y : y + rows]
-            asks = q[some].flatten(1, 2)[None]
-            bias = None
-            if attention.use_rel_pos:
-                shape = (*q[some].shape[:3], high, wide)
-                bias = room[: math.prod(shape)].view(shape)
-                torch.add(rel_h[some][..., :, None], rel_w[some][..., None, :], out=bias)
-                bias = bias.view(1, *asks.shape[1:3], tokens)
-            answer = F.scaled_dot_product_attention(
-                asks, keys[:, i : i + items], values[:, i : i + items], attn_mask=bias, scale=attention.scale
+            part, bias = np.s_[:, :, y * wide : (y + rows) * wide], None
+            if near is not None:
+                rel_h, rel_w = (each[:, :, y : y + rows] for each in near)
+                bias = room[: rel_h[..., 0].numel() * others].view(*rel_h.shape[:4], *key_hw)
+                torch.add(rel_h[..., :, None], rel_w[..., None, :], out=bias)
+                bias = bias.view(*rel_h.shape[:2], -1, others)
+            seen[some][part] = F.scaled_dot_product_attention(
+                asks[some][part], keys[some], values[some], attn_mask=bias, scale=attention.scale
             )
-            seen[some] = answer[0].view_as(q[some])
-    return seen
 
 
-def _relative(table: Tensor, length: int) -> Tensor:
-    """Of a table of relative positions (2 · length - 1, c), the row of each pair of places, (length, length, c)."""
+def _nearness(
+    asks: Tensor, query_hw: tuple[int, int], key_hw: tuple[int, int], attention: Any
+) -> tuple[Tensor, Tensor]:
+    """What queries (n, heads, h · w, c) make of the rows and of the columns of keys: (n, heads, h, w, H), (…, W).
+
+    Each query is multiplied with all distances at once. Those that it has to the rows are then a window on the product
+    that moves on by one from row to row: a view with its own strides, nothing is copied.
+    """
+    n, heads, tokens, channels = asks.shape
+    tables = [_distances(attention.rel_pos_h, key_hw[0]), _distances(attention.rel_pos_w, key_hw[1])]
+    distances = torch.cat(tables).to(asks.dtype)
+    by_head = asks.transpose(0, 1).reshape(heads, n * tokens, channels)
+    all_of_them = torch.bmm(by_head, distances.T.expand(heads, -1, -1))
+    each = len(distances)
+    strides = [tokens * each, n * tokens * each, query_hw[1] * each, each, 1]
+    row, column = (list(strides) for _ in range(2))
+    row[2] -= 1
+    column[3] -= 1
+    shape = (n, heads, *query_hw)
+    return (
+        all_of_them.as_strided((*shape, key_hw[0]), row, key_hw[0] - 1),
+        all_of_them.as_strided((*shape, key_hw[1]), column, 2 * key_hw[0] + key_hw[1] - 2),
+    )
+
+
+def _distances(table: Tensor, length: int) -> Tensor:
+    """Relative positions (2 · length - 1, c) from the key furthest before a query to the one furthest after it."""
     if len(table) != 2 * length - 1:
         table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear")[0].T
-    places = torch.arange(length, device=table.device)
-    return table[places[:, None] - places[None, :] + length - 1]
+    return table.flip(0)
 
 
 def _load_heads(

@@ -3,9 +3,9 @@
 The shipped network stays as it is; one small head a label is trained, from the shipped one where the label has one. It
 reads what a segmenter keeps of a tile, or, where the segmenter is `Deep`, what its network has inside. Windows of the
 tiles are read once and learned from many times, turned and mirrored. Each tile is left out once, with its neighbours,
-and judged by a head that has not learned from it (cross-fitting). That shows when to stop, how far a shipped head
-should follow, and what a changed head's candidates are worth: the scoring that goes with it is fitted on them, with the
-shipped scoring as what is believed beforehand. The head itself then learns from all tiles.
+and judged by a head that has not learned from it (cross-fitting). That shows how far a shipped head should follow, and
+what a changed head's candidates are worth: the scoring that goes with it is fitted on them, with the shipped scoring as
+what is believed beforehand. The head itself then learns from all tiles.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _WINDOWS_A_STEP = 4
 _STEPS, _LEAST_STEPS, _FULL_LABELS = 120, 60, 2
 """Steps of a label's training where there are no more than so many labels, and at least so many where there are."""
 
-_CHECKS = 5
-_MOST_CHECKED = 12
-"""Looks at tiles left out during a training, and tiles that are looked at: enough to tell when to stop."""
+_LONGER_FROM_SHIPPED = 2
+"""So many times as many steps follow a shipped head where all tiles are learned from. None is stopped earlier: on half
+of the tiles, what heads learned from the other half stops rising long before a head of all tiles knows what it can."""
 
-_RATE_FROM_SHIPPED, _RATE_FROM_NOTHING = 1e-3, 3e-3
-"""Learning rates; a pyramid is never from nothing."""
+_RATES_FROM_SHIPPED, _RATES_FROM_NOTHING = (2e-3, 2e-3), (3e-3, 1e-3)
+"""Learning rates of a head and of the pyramid below it, which is never from nothing."""
 
 _WARM_UP_STEPS = 10
 _AVERAGED = 0.08
@@ -148,6 +148,10 @@ class Deep(Protocol):
         """Features of the image, with what its heads made of them."""
         ...
 
+    def dense_mirrored(self, image_rgb: NDArray[np.uint8], *, scale: float = 1.0) -> DenseMaps:
+        """What ``dense`` says of the image's mirror image."""
+        ...
+
     def working_scale(self, image_hw: tuple[int, int], gsd_m: float | None, classes: Collection[str]) -> float:
         """How much to enlarge an image of that ground size a pixel, where objects of those classes count."""
         ...
@@ -219,7 +223,8 @@ class TrainingReport:
     """Tiles learned from."""
 
     held_out: tuple[str, ...]
-    """Places that were left out once each, to stop in time and to fit the scoring; none with too few tiles."""
+    """Places that were left out once each, to see whether a shipped head should follow, and to fit the scoring; none
+    with too few tiles."""
 
     seconds: float
 
@@ -353,25 +358,22 @@ def _learned(
         parted = []
     now = time.perf_counter()
     start = shipped or _new_head(desk.segmenter, seed)
-    rate = _RATE_FROM_NOTHING if shipped is None else _RATE_FROM_SHIPPED
+    rates = _RATES_FROM_NOTHING if shipped is None else _RATES_FROM_SHIPPED
     windows = desk.windows(examples)
-    runs = []
-    for i, (learn, _) in enumerate(parted):
+    told = []
+    for i, (learn, judge) in enumerate(parted):
         tell(i / (len(parted) + 1))
         until = now + (deadline - now) * (i + 1) / (len(parted) + 1)
         some = [window for number in learn for window in windows[number]]
-        runs.append(_train(start, some, steps, rate, seed=seed, deadline=until))
+        told.append((_train(start, some, steps, rates, seed=seed, deadline=until)[0], judge))
     tell(len(parted) / (len(parted) + 1))
-    # A new class is learned to the end: half of a few tiles would have it stop long before all of them do.
-    chosen = desk.best_check(runs, [judge for _, judge in parted]) if shipped is not None else _CHECKS
     every = [window for of_tile in windows for window in of_tile]
-    last = _train(start, every, steps, rate, seed=seed, deadline=deadline, checks=chosen)[-1]
+    steps_of_all = steps * (1 if shipped is None else _LONGER_FROM_SHIPPED)
+    head, done = _train(start, every, steps_of_all, rates, seed=seed, deadline=deadline)
     del windows, every
-    head, done = last.head, last.step
     if not parted:
         before = desk.ious([((shipped,), examples)])[0] if shipped is not None else None
         return head, None, LabelReport(label, objects, done, before, None)
-    told = [(run[min(chosen, len(run) - 1)].head, judge) for run, (_, judge) in zip(runs, parted, strict=True)]
     if shipped is None:
         before, after = None, desk.ious([((one,), judge) for one, judge in told])[0]
     else:
@@ -396,14 +398,6 @@ def _between(shipped: Head, trained: Head, share: float) -> Head:
     for kept, other in zip(head.parameters(), trained.parameters(), strict=True):
         kept.lerp_(other, share)
     return head
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Snapshot(Generic[Head]):
-    """A head in the course of its training."""
-
-    head: Head
-    step: int
 
 
 def _outlines(example: Example, label: str) -> list[Polygon]:
@@ -458,26 +452,24 @@ def _train(
     start: Head,
     windows: Sequence[_Tile],
     steps: int,
-    rate: float,
+    rates: tuple[float, float],
     *,
     seed: int,
     deadline: float,
-    checks: int = _CHECKS,
-) -> list[_Snapshot[Head]]:
-    """The head before training, and at each of so many checks; fewer where time ends."""
+) -> tuple[Head, int]:
+    """The trained head, and the steps that were taken: fewer where time ends."""
     rng = np.random.default_rng(seed)
-    head, average = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
+    head, average = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start).requires_grad_(False).eval()
     is_known = {name: name.startswith("pyramid.") for name, _ in head.named_parameters()}
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for name, p in head.named_parameters() if is_known[name] == flag], "most": most}
-            for flag, most in ((False, rate), (True, min(rate, _RATE_FROM_SHIPPED)))
+            for flag, most in zip((False, True), rates, strict=True)
             if flag in is_known.values()
         ],
         weight_decay=1e-3,
     )
-    taken = [_snapshot(average, 0)]
-    for step in range(1, steps * checks // _CHECKS + 1):
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = group["most"] * min(1, step / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
         inputs, target, weight = _batch(windows, rng)
@@ -488,16 +480,9 @@ def _train(
         with torch.no_grad():
             for kept, current in zip(average.parameters(), head.parameters(), strict=True):
                 kept.lerp_(current, max(_AVERAGED, 1 / (step + 1)))
-        late = time.perf_counter() > deadline
-        if late or step >= len(taken) * steps / _CHECKS:
-            taken.append(_snapshot(average, step))
-        if late:
+        if time.perf_counter() > deadline:
             break
-    return taken
-
-
-def _snapshot(head: Head, step: int) -> _Snapshot[Head]:
-    return _Snapshot(copy.deepcopy(head).requires_grad_(False).eval(), step)
+    return average, step
 
 
 def _batch(windows: Sequence[_Tile], rng: np.random.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -581,19 +566,6 @@ class _Desk(Generic[Head]):
         side = min(len(window.emphasis) for of_tile in found for window in of_tile)
         return [[w if len(w.emphasis) == side else w.part(0, 0, side) for w in of_tile] for of_tile in found]
 
-    def best_check(self, runs: Sequence[Sequence[_Snapshot[Head]]], judged: Sequence[Sequence[Example]]) -> int:
-        """Number of the check at which heads do best on tiles that they have not learned from; the last without any."""
-        if not runs:
-            return _CHECKS
-        rng = np.random.default_rng(self.seed)
-        losses = np.full((len(runs), _CHECKS + 1), np.inf)
-        for losses_of_run, run, examples in zip(losses, runs, judged, strict=True):
-            some = sorted(rng.permutation(len(examples))[: max(1, _MOST_CHECKED // len(runs))].tolist())
-            tiles = [self.read(examples[i]) for i in some]
-            for check, snapshot in enumerate(run):
-                losses_of_run[check] = _loss_on(snapshot.head, tiles)
-        return int(losses.mean(0).argmin())
-
     def ious(self, judged: Sequence[tuple[Sequence[nn.Module], Sequence[Example]]]) -> list[float]:
         """IoU of class maps at one half, of the first heads, the second, …, each over all tiles together."""
         common = np.zeros((max(len(heads) for heads, _ in judged), 2))
@@ -630,15 +602,18 @@ class _Desk(Generic[Head]):
 
     def _candidates(self, model: Learner[Any], example: Example) -> tuple[FloatArray, NDArray[np.bool_]]:
         """Features of all candidates on a tile, (N, K), and whether each lies on an object as it should, (N,)."""
-        embedding = example.embedding
         if isinstance(model, Deep):
             image, scale = self._image(example)
-            embedding = model.embed(image, scale=scale)
-        assert embedding is not None
-        found = instances.candidates_of(model.dense(embedding), self.label, min_area_px=_LEAST_CANDIDATE_PX)
+            dense = model.dense(model.embed(image, scale=scale))
+            dense = dense.mean_with_mirrored(model.dense_mirrored(image, scale=scale))  # as pre-labels see it
+        else:
+            assert example.embedding is not None
+            dense = model.dense(example.embedding)
+        found = instances.candidates_of(dense, self.label, min_area_px=_LEAST_CANDIDATE_PX)
         used = found.areas_px >= _LEAST_CANDIDATE_PX
         used[0] = False
-        drawn = _drawn(_outlines(example, self.label), embedding.image_hw).astype(np.int32)
+        rows, columns = found.pieces.shape
+        drawn = _drawn(_outlines(example, self.label), (rows, columns)).astype(np.int32)
         return found.features[used], found.ious(drawn)[used] >= _RIGHT_IOU
 
 
@@ -685,15 +660,6 @@ def _some_of(
 def _logits(head: nn.Module, tile: _Tile) -> Tensor:
     logits: Tensor = head(*(torch.from_numpy(values.astype(np.float32))[None] for values in tile.inputs))
     return logits
-
-
-@torch.inference_mode()
-def _loss_on(head: nn.Module, tiles: Sequence[_Tile]) -> float:
-    losses = [
-        float(_loss(_logits(head, t), torch.from_numpy(t.target)[None], torch.from_numpy(t.emphasis)[None, None]))
-        for t in tiles
-    ]
-    return float(np.average(losses, weights=[t.weight for t in tiles]))
 
 
 # --- How likely a candidate is an object ------------------------------------------------------------------------------

@@ -16,14 +16,15 @@ FOLDER is one data folder with ``images/`` and ``labels/``; images are named by 
 the label from the weights first.
 
 How `backend.training` trains was chosen on every second image that `place` learns from, judged on the images between,
-and on the trees of Long Beach, learned elsewhere; never on what is judged here.
+on the north-west of Banepa, which the shipped weights were held off, learned in the rest of the west, and on the trees
+of Long Beach, learned elsewhere; never on what is judged here.
 
 Tiles are accepted in a random order, the same each time. Training is that of `fit`: with tiles enough it holds some
 out by place to judge the new version by, and learns from the rest. Every version is then judged here on the same other
-tiles: polygons as they are served, matched one to one at IoU .5 (F1@0.5), the IoU of all their pixels, and the
-calibration error of their scores. From 20 tiles on it is told what time training and `fit`'s own judging take, on the
-clock and of processors (of which two are not always free), and what `fit` would decide. ``--out`` receives a table in
-JSON and a drawing.
+tiles: polygons as they are served, from a look and its mirror image, matched one to one at IoU .5 (F1@0.5), the IoU of
+all their pixels, and the calibration error of their scores. From 20 tiles on it is told what time training and `fit`'s
+own judging take, on the clock and of processors (of which two are not always free), and what `fit` would decide.
+``--out`` receives a table in JSON and a drawing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backend import vectorize
 from backend.compact import CompactSegmenter
-from backend.judging import embedded, judge, split, verdict
+from backend.judging import embedded, judge, looked_at, split, verdict
 from backend.predictor import pre_label_options, pre_labels_of
 from backend.settings import Settings
 from backend.training import Example, train_heads
@@ -276,8 +277,8 @@ def figures(model: CompactSegmenter, course: Course, others: Sequence[Example], 
             known = next(name for name in model.labels if name.casefold() == course.label.casefold())
             options = pre_label_options(course.gsd_m)
             (seen,) = embedded(model, [example], [course.label])
-            assert seen.embedding is not None
-            served = pre_labels_of(model.dense(seen.embedding), {known: known}, options=options, min_score=least)
+            dense = looked_at(model, seen, [course.label])
+            served = pre_labels_of(dense, {known: known}, options=options, min_score=least)
             found = [PreLabel(vectorize.bridge(region.polygon), region.score) for region in served.regions]
         matched.append(judging.matched(tile, found))
     measured = judging.auto_figures(matched)

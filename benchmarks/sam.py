@@ -9,7 +9,8 @@ encode_times_faster      seconds of the package's image encoder by ours, medians
 encode_cpu_times_faster  the same in processor seconds, which a busy machine disturbs less
 mask_iou                 least IoU of masks drawn from the one and from the other features, over 16 clicks
 click_times_faster       encode and decode at each click, as backends around the package do, by a click on a known tile
-everything_times_faster  `SamAutomaticMaskGenerator` by `backend.everything`, same settings, encoding included
+everything_times_faster  `SamAutomaticMaskGenerator` by `backend.everything`, same settings, encoding included, and on
+                         our side the outlines too, as the command draws them
 everything_alike         share of the package's masks of which we have one at IoU 0.9; with a checkpoint only, since the
                          masks of random weights are all one box, of which chance decides what stays
                          (`tests/test_sam.py` holds the two procedures together on small networks)
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from backend import sam
 from backend.everything import EverythingOptions, everything, grid
 from backend.segmenter import Prompts
-from backend.vectorize import VectorizeOptions, rasterize
+from backend.vectorize import rasterize
 
 GOALS = {"encode_times_faster": 1.8, "mask_iou": 0.99, "click_times_faster": 30.0, "everything_times_faster": 2.0}
 
@@ -172,11 +173,10 @@ def everything_on(network: Any, segmenter: sam.SamSegmenter, image: np.ndarray, 
         stability_score_thresh=options.least_stability,
         box_nms_thresh=options.most_box_iou,
     )
-    outlines = VectorizeOptions(tolerance_px=0.5, max_vertices=4000, min_area_px=0, min_hole_px=0)
     runs = in_turn(
         1,
         package=lambda: generator.generate(image),
-        ours=lambda: everything(segmenter, image, options=options, outlines=outlines),
+        ours=lambda: everything(segmenter, image, options=options),
     )
     theirs = [found["segmentation"] for found in runs["package"][2]]
     mine = [rasterize(one.polygons, *image.shape[:2]) for one in runs["ours"][2]]

@@ -42,6 +42,15 @@ class Ignorant(BrightSegmenter):
         return DenseMaps((), none, none)
 
 
+class Squinting(Blind):
+    """Finds in a mirror what it does not see otherwise."""
+
+    def dense_mirrored(self, image_rgb: np.ndarray, *, scale: float = 1.0) -> DenseMaps:
+        bright = BrightSegmenter()
+        maps = bright.dense(bright.embed(np.ascontiguousarray(image_rgb[:, ::-1])))
+        return replace(maps, probabilities=2 * maps.probabilities)
+
+
 class Dull(BrightSegmenter):
     """Answers each click with the left half of the object."""
 
@@ -215,6 +224,13 @@ def test_a_model_that_finds_everything_is_better_than_one_that_finds_nothing():
     assert judging.verdict(found)[0]
     assert not judging.verdict(judged(BrightSegmenter(), Blind()))[0]
     assert not judging.verdict(judged(BrightSegmenter(), BrightSegmenter()))[0]
+
+
+def test_models_are_judged_by_both_looks_that_pre_labels_take():
+    assert judged(Blind(), Squinting()).f1.after == 1
+    (bare, *_) = bright_examples(1)
+    for example, is_seen in ((bare, True), (replace(bare, image_rgb=None), False)):
+        assert (judging.looked_at(Squinting(), example, ["building"]).probabilities > 0.5).any() == is_seen
 
 
 def test_a_label_that_the_live_version_does_not_know_counts_as_nothing_found():

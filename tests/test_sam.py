@@ -7,6 +7,7 @@ encoding, prompts and resizing are the package's; that SAM itself is any good, i
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from functools import partial
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from backend import cli, fit, sam, training
+from backend import checkpoints, cli, fit, sam, training
+from backend.checkpoints import Checkpoint
 from backend.errors import BadImage, BadPrompt, BadWeights
 from backend.everything import EverythingOptions, crop_boxes, everything, grid
 from backend.images import ImageStore
@@ -34,6 +36,7 @@ from backend.service import Service
 from backend.settings import Settings
 from backend.vectorize import VectorizeOptions, polygons, rasterize
 from tests.fakes import bright_image
+from tests.small_server import Answer, SmallServer
 from tests.test_fit import CONFIG, annotated
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -539,8 +542,19 @@ def test_an_own_checkpoint_is_loaded_on_the_operators_word(checkpoint: Path, tmp
     warmed_up(found)
 
 
-def test_a_click_is_answered_over_http(checkpoint: Path, tmp_path: Path) -> None:
-    chosen = Settings(segmenter="sam_vit_b", sam_checkpoint=checkpoint, data_dir=tmp_path)
+def test_a_checkpoint_that_was_fetched_answers_clicks_over_http(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = checkpoint.read_bytes()
+    published = Checkpoint("sam_vit_b", "small.pth", len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", {"sam_vit_b": published})
+    monkeypatch.setenv("GEOPRELABEL_DATA_DIR", str(tmp_path))
+    with SmallServer(lambda asked: Answer(200, content)) as mirror:
+        monkeypatch.setenv("GEOPRELABEL_WEIGHTS_MIRROR", mirror.url)
+        done = CliRunner().invoke(cli.app, ["weights", "get", "sam_vit_b"])
+    assert done.exit_code == 0, done.output
+    chosen = Settings(segmenter="sam_vit_b", data_dir=tmp_path)
+    assert (chosen.sam_dir / "small.pth").read_bytes() == content
     service = Service(chosen)
     try:
         client = create_app(chosen, service).test_client()
@@ -555,7 +569,7 @@ def test_a_click_is_answered_over_http(checkpoint: Path, tmp_path: Path) -> None
         service.predictor.wait(60)
         asked = client.post("/predict", json={**body, "params": {"context": {"result": [click]}}})
         assert asked.status_code == 200, asked.status
-        assert asked.json["model_version"].startswith("sam_vit_b-")
+        assert asked.json["model_version"] == f"sam_vit_b-{published.sha256[:8]}"
         results = asked.json["results"][0]["result"]
         assert results
         assert all(result["value"]["polygonlabels"] == ["Building"] for result in results)
