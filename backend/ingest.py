@@ -24,7 +24,7 @@ from .mosaics import mosaic
 from .prelabels import Labelled, Outlines, outlines_on
 from .scenes import Scene, SceneOptions, look
 from .sources import Source, is_remote, sources
-from .stores import PART, Store, store_at, whole, whole_text
+from .stores import PART, Store, label_studio_address, store_at, whole, whole_text
 from .tile import Tile
 from .tiles import FORMATS, NAME, Planned, TileSet, forget, register, signature
 from .tiles import plan as plan
@@ -144,12 +144,12 @@ def ingest(
 
     ``scenes`` are what `sources` takes; with ``mosaic_name`` they are one. ``tiles_url`` is where browsers find
     ``out/tiles``. Of the tiles, those are cut that polygons of ``aoi`` touch; what ``prelabels`` names becomes
-    predictions in the tasks. ``upload`` is the ``s3://bucket/prefix`` that tiles are written to in place of
-    ``out/tiles``, and their address where there is no ``tiles_url``. With ``is_dynamic`` no tile is written: the
-    scenes are registered in ``out/scenes``, and the backend makes each tile when it is asked for. ``secret`` signs the
-    addresses. ``workers`` are processes. Both files describe this run's scenes, and appear whole or not at all. Of
-    several scenes, those that cannot be cut are reported. Raises BadScene with the scene and the way out where nothing
-    is left.
+    predictions in the tasks. ``upload`` names the bucket (``s3://bucket/prefix``, ``gs://…``, ``az://…``) that tiles
+    are written to in place of ``out/tiles``, and their address where there is no ``tiles_url``. With ``is_dynamic`` no
+    tile is written: the scenes are registered in ``out/scenes``, and the backend makes each tile when it is asked for.
+    ``secret`` signs the addresses. ``workers`` are processes. Both files describe this run's scenes, and appear whole
+    or not at all. Of several scenes, those that cannot be cut are reported. Raises BadScene with the scene and the way
+    out where nothing is left.
     """
     options = options or IngestOptions()
     if upload and (is_dynamic or secret):
@@ -157,7 +157,7 @@ def ingest(
     found = sources(scenes, mosaic=mosaic_name, asset=asset)
     out.mkdir(parents=True, exist_ok=True)
     store = store_at(upload or out / "tiles")
-    at = (tiles_url or upload).rstrip("/")
+    at = (tiles_url or label_studio_address(upload)).rstrip("/")
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     refused: dict[str, str] = {}

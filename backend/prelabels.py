@@ -18,7 +18,7 @@ from shapely import Polygon
 from . import vectorize
 from .errors import BadScene, BadTile
 from .labelstudio import LabelConfig, PolygonTag, prediction_of, results_of
-from .tile import Region, Tile, checked_crs, to_lonlat
+from .tile import WEB_MERCATOR_HALF_M, Region, Tile, checked_crs, to_lonlat
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -190,7 +190,7 @@ def _bounds_in(scene: Tile, crs: Any, path: Path) -> tuple[float, float, float, 
     width, height = scene.size
     border = shapely.get_coordinates(shapely.box(0, 0, width, height).segmentize(max(width, height) / 16))
     lonlat = scene.px_to_lonlat(border)
-    if np.ptp(lonlat[:, 0]) > 180:
+    if np.ptp((lonlat[:, 0] + 180) % 360) > 180:
         return None
     try:
         back = to_lonlat(_crs_text(crs), None)
@@ -208,15 +208,31 @@ def _in_pixels(frame: GeoDataFrame, scene: Tile) -> NDArray[np.object_]:
     text = _crs_text(frame.crs)
     shapes = shapely.force_2d(np.asarray(frame.geometry.array, dtype=object))
     if text == scene.crs:
-        return np.asarray(shapely.transform(shapes, scene.crs_to_px), dtype=object)
+        return np.asarray(shapely.transform(shapes, lambda points: _near(scene.crs_to_px(points), scene)), dtype=object)
     unit_m = frame.crs.axis_info[0].unit_conversion_factor if not frame.crs.is_geographic else math.radians(6_378_137.0)
     shapes = shapely.segmentize(shapes, _LONGEST_EDGE_M / (unit_m or 1.0))
     forth = to_lonlat(text, None)
 
     def to_px(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        return scene.lonlat_to_px(np.column_stack(forth.transform(points[:, 0], points[:, 1])))
+        return _near(scene.lonlat_to_px(np.column_stack(forth.transform(points[:, 0], points[:, 1]))), scene)
 
     return np.asarray(shapely.transform(shapes, to_px), dtype=object)
+
+
+def _near(points_px: NDArray[np.float64], scene: Tile) -> NDArray[np.float64]:
+    """Pixels of the scene, (N, 2), on that side of the antimeridian where it goes on: PROJ ends the world at ±180."""
+    assert scene.crs is not None
+    if pyproj.CRS.from_user_input(scene.crs).is_geographic:
+        world = 360.0
+    elif scene.crs == "EPSG:3857":
+        world = 2 * WEB_MERCATOR_HALF_M
+    else:
+        return points_px
+    ends_px = scene.crs_to_px(np.array([(0.0, 0.0), (world, 0.0)]))
+    round_px = ends_px[1] - ends_px[0]
+    turns = np.rint((np.asarray(scene.size) / 2 - points_px) @ round_px / (round_px @ round_px))
+    near_px: NDArray[np.float64] = points_px + turns[:, None] * round_px
+    return near_px
 
 
 def _crs_text(crs: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .client import Connection, Doubtful, LabelStudio, PredictionsLeftOut
 from .errors import BackendError, BadConfig
 from .service import parsed_config
 from .settings import Settings
+from .stores import store_at
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "buildings.xml"
 """Polygons with smart clicks and boxes that need no label picked."""
@@ -34,6 +36,9 @@ ATTEMPTS = 5
 
 SETTLE_S = 30.0
 """So long after a call Label Studio may still carry it out."""
+
+STORED_AT_ONCE = 16
+"""Files on their way to a store."""
 
 PATIENCE = 12
 """How often a call is made that Label Studio is too busy to take: for a minute or two."""
@@ -120,21 +125,25 @@ def push(
     )
 
 
-def write_for_storage(tasks: Iterable[Mapping[str, Any]], folder: Path) -> int:
+def write_for_storage(
+    tasks: Iterable[Mapping[str, Any]], at: str | Path, *, progress: Callable[[int], None] = lambda done: None
+) -> int:
     """A file for each task, predictions included, as Label Studio's cloud storages import them; returns how many.
 
-    A file's name depends on the task alone. Label Studio takes each name once, so that the folder can be written,
-    copied and synchronized again and again; what is there already is left. Once imported, `push` adds nothing either.
+    ``at`` is what `store_at` takes. A file's name depends on the task alone. Label Studio takes each name once, so that
+    files can be written, copied and synchronized again and again; what is there already is left. Once imported, `push`
+    adds nothing either. Raises BadScene where the store refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = 0
-    for task in tasks:
-        path = folder / f"{_digest(_identity(task['data'])).hex()}.json"
-        if not path.exists():
-            scratch = path.with_suffix(".new")
-            scratch.write_text(json.dumps(task), encoding="utf-8")
-            scratch.replace(path)
-            written += 1
+    store, done, written = store_at(at), 0, 0
+    there = store.names("")
+    # An object store takes as long for one small file as for many at once.
+    with ThreadPoolExecutor(STORED_AT_ONCE) as pool:
+        for batch in _batches(tasks):
+            named = {f"{_digest(_identity(task['data'])).hex()}.json": task for task in batch}
+            missing = {name: json.dumps(task).encode() for name, task in named.items() if name not in there}
+            list(pool.map(store.put, missing.keys(), missing.values()))
+            written += len(missing)
+            progress(done := done + len(batch))
     return written
 
 

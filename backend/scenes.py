@@ -38,6 +38,10 @@ GRIDS = ("native", "webmercator", "xyz")
 _SAMPLE_SIDE_PX = 1024
 _XYZ_NAME = re.compile(r"(?:^|[/\\])(\d{1,2})[/_](\d+)[/_](\d+)\.[A-Za-z]+$")
 _WORST_GCP_RMS_PX = 20.0
+_PACIFIC = (
+    "+proj=merc +a=6378137 +b=6378137 +lat_ts=0 +lon_0=180 +x_0=0 +y_0=0 +k=1 +units=m +nadgrids=@null +wktext +no_defs"
+)
+"""EPSG:3857 with the antimeridian in the middle: its x is less by half the world."""
 
 MAX_CACHE_BYTES = 256 * 2**20
 """Of GDAL's blocks. It takes a share of the machine's memory else, whatever else runs there."""
@@ -332,6 +336,9 @@ def _on_grid(raster: Any, address: str, title: str, options: SceneOptions, tile_
         except (RasterioError, ValueError) as error:
             raise BadScene(f"{title} cannot be warped: {_reason(error)}; warp it first with gdalwarp") from error
         transform, size = named or raster.transform, (raster.width, raster.height)
+        if warps and warps[-1].get("crs") == _PACIFIC:
+            # East of the antimeridian x goes on.
+            transform = Affine.translation(WEB_MERCATOR_HALF_M, 0) @ transform
         if is_placeless:
             transform = Affine.identity()
         has_masks = any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
@@ -483,16 +490,28 @@ def _chosen_bands(raster: Any, title: str, options: SceneOptions) -> tuple[tuple
 
 
 def _web_mercator(raster: Any, options: SceneOptions, tile_size: int, crs: str) -> dict[str, Any]:
-    """The scene in the pixels of a web-mercator zoom level, 256 a tile or the xyz grid's own: what a warp is told."""
+    """The scene in the pixels of a web-mercator zoom level, 256 a tile or the xyz grid's own: what a warp is told.
+
+    Over the antimeridian the map is one that is cut at Greenwich.
+    """
     side = tile_size if options.grid == "xyz" else 256
-    with WarpedVRT(raster, crs="EPSG:3857", **({"src_crs": crs} if crs else {})) as guess:
-        left, bottom, right, top = guess.bounds
-        native_m = min(abs(guess.transform.a), abs(guess.transform.e))
     world_m = 2 * WEB_MERCATOR_HALF_M
+    source = {"src_crs": crs} if crs else {}
+    with WarpedVRT(raster, crs="EPSG:3857", **source) as guess:
+        (left, bottom, right, top), native_m = guess.bounds, min(abs(guess.transform.a), abs(guess.transform.e))
+    onto = "EPSG:3857"
+    if right - left > world_m / 2:
+        with WarpedVRT(raster, crs=_PACIFIC, **source) as guess:
+            if guess.bounds.right - guess.bounds.left < world_m / 2:
+                onto, source = _PACIFIC, {**source, **_wrapped(raster, crs)}
+                (left, bottom, right, top), native_m = guess.bounds, min(abs(guess.transform.a), abs(guess.transform.e))
     zoom = options.zoom
     if zoom is None:
         # A pixel that is a thirtieth too large loses nothing that can be seen, and saves three quarters of the tiles.
         zoom = min(30, max(0, math.ceil(math.log2(world_m / side / native_m) - 0.05)))
+    if onto == _PACIFIC:
+        # The two maps have no tile border in common on zoom 0.
+        zoom = max(1, zoom)
     pixel_m = world_m / side / 2**zoom
     # Whole tiles of the xyz grid, whole pixels of the other.
     step = side if options.grid == "xyz" else 1
@@ -500,7 +519,16 @@ def _web_mercator(raster: Any, options: SceneOptions, tile_size: int, crs: str) 
     last_column, last_row = (math.ceil((v + WEB_MERCATOR_HALF_M) / pixel_m / step) * step for v in (right, -bottom))
     corner = (column * pixel_m - WEB_MERCATOR_HALF_M, WEB_MERCATOR_HALF_M - row * pixel_m)
     place = Affine(pixel_m, 0, corner[0], 0, -pixel_m, corner[1])
-    return {"crs": "EPSG:3857", "transform": place, "width": last_column - column, "height": last_row - row}
+    return {**source, "crs": onto, "transform": place, "width": last_column - column, "height": last_row - row}
+
+
+def _wrapped(raster: Any, crs: str) -> dict[str, Any]:
+    """For a raster in degrees its CRS with longitudes as the raster counts them; PROJ ends them at ±180."""
+    known = rasterio.crs.CRS.from_user_input(crs) if crs else raster.crs
+    if not known.is_geographic:
+        return {}
+    middle, _ = raster.transform @ (raster.width / 2, raster.height / 2)
+    return {"src_crs": f"{known.to_proj4()} +lon_wrap={middle:.0f}"}
 
 
 def _samples(pixels: Pixels) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:

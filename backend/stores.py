@@ -1,7 +1,6 @@
-"""Where tiles are kept: a folder of this machine, or a bucket of an object store that speaks S3.
+"""Where tiles are kept: a folder of this machine, or a bucket of Amazon's, Google's or Microsoft's object store.
 
-Keys and endpoint come from the environment that GDAL reads scenes with (``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``,
-``AWS_S3_ENDPOINT``, ``AWS_HTTPS``, ``AWS_REGION``), never from a request or a task.
+Keys and endpoint come from the environment that GDAL reads scenes with (`_SECRETS`), never from a request or a task.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ PART = ".ingest-"
 
 CONTENT_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp", "json": "application/json"}
 
-_BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,62})((?:/[^/?#]+)*)/?")
+_BUCKET = re.compile(r"(s3|gs|az)://([a-z0-9][a-z0-9._-]{1,62})((?:/[^/?#]+)*)/?")
+_SECRETS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION, AWS_S3_ENDPOINT",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_ACCESS_KEY",
+}
 
 
 class Store(Protocol):
@@ -43,17 +47,23 @@ class Store(Protocol):
 
 
 def store_at(address: str | Path) -> Store:
-    """The store of that address: ``s3://bucket/prefix``, else a folder. Raises BadScene."""
+    """The store of that address: ``s3://bucket/prefix``, ``gs://…``, ``az://…``, else a folder. Raises BadScene."""
     text = str(address)
     if "://" not in text:
         return Folder(Path(address))
     found = _BUCKET.fullmatch(text)
     if not found:
         raise BadScene(
-            f"tiles are uploaded to s3://bucket/prefix, got {text.split('?')[0][:100]!r}"
+            f"files are uploaded to s3://bucket/prefix, gs://… or az://…, got {text.split('?')[0][:100]!r}"
             " (other stores: by their S3 endpoint in AWS_S3_ENDPOINT)"
         )
-    return Bucket(found.group(1) + found.group(2))
+    scheme, bucket, prefix = found.groups()
+    return Bucket(bucket + prefix, scheme)
+
+
+def label_studio_address(address: str) -> str:
+    """How Label Studio spells the address of what lies in a bucket."""
+    return re.sub(r"^az://", "azure-blob://", address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +110,13 @@ class Bucket:
     root: str
     """Bucket and prefix, without a slash at the end."""
 
+    scheme: str = "s3"
+    """``s3``, ``gs`` or ``az``."""
+
     def names(self, folder: str) -> set[str]:
         from pyarrow import fs
 
-        at = f"{self.root}/{folder}"
+        at = f"{self.root}/{folder}".rstrip("/")
         with self._said():
             infos = self._files.get_file_info(fs.FileSelector(at, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{at}/") for info in infos if info.is_file}
@@ -116,7 +129,7 @@ class Bucket:
             except FileNotFoundError:
                 return None
         if len(content) > max_bytes:
-            raise BadScene(f"s3://{self.root}/{name} is larger than {max_bytes / 2**20:g} MB")
+            raise BadScene(f"{self.scheme}://{self.root}/{name} is larger than {max_bytes / 2**20:g} MB")
         return content
 
     def put(self, name: str, content: bytes) -> None:
@@ -134,7 +147,7 @@ class Bucket:
 
     @property
     def _files(self) -> Any:
-        return _s3(self.root.partition("/")[0])
+        return _files_of(self.scheme, self.root.partition("/")[0])
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -143,28 +156,86 @@ class Bucket:
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
             raise BadScene(
-                f"s3://{self.root}: {reason}; look at the bucket's name and at AWS_ACCESS_KEY_ID, AWS_PROFILE,"
-                " AWS_REGION, AWS_S3_ENDPOINT"
+                f"{self.scheme}://{self.root}: {reason}; look at the bucket's name and at {_SECRETS[self.scheme]}"
             ) from error
 
 
 @functools.lru_cache(maxsize=8)
+def _files_of(scheme: str, bucket: str) -> Any:
+    """Apache Arrow's file system for a bucket."""
+    try:
+        match scheme:
+            case "gs":
+                return _google()
+            case "az":
+                return _azure()
+            case _:
+                return _s3(bucket)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadScene(f"{scheme}://{bucket}: {reason}; look at {_SECRETS[scheme]}") from error
+    except ImportError as error:
+        raise BadScene(
+            f"{scheme}://{bucket}: this pyarrow was built without that store; pip install pyarrow"
+        ) from error
+
+
 def _s3(bucket: str) -> Any:
     from pyarrow import fs
+
+    scheme, endpoint = _endpoint(_setting("AWS_S3_ENDPOINT"))
+    if not scheme:
+        scheme = "https" if _setting("AWS_HTTPS").upper() in ("", "YES", "ON", "TRUE") else "http"
+    region: str | None = _setting("AWS_REGION") or _setting("AWS_DEFAULT_REGION") or None
+    if not region and not endpoint:
+        region = fs.resolve_s3_region(bucket)
+    # Delayed, a small object takes one request and not three.
+    return fs.S3FileSystem(endpoint_override=endpoint, scheme=scheme, region=region, allow_delayed_open=True)
+
+
+def _google() -> Any:
+    from pyarrow import fs
+
+    # GDAL's names. Without a key Google's own rules find one, as they do for GDAL.
+    scheme, endpoint = _endpoint(_setting("CPL_GS_ENDPOINT"))
+    is_anonymous = _setting("GS_NO_SIGN_REQUEST").upper() in ("YES", "ON", "TRUE")
+    return fs.GcsFileSystem(anonymous=is_anonymous, scheme=scheme or "https", endpoint_override=endpoint)
+
+
+def _azure() -> Any:
+    from pyarrow import fs
+
+    said = dict(
+        part.strip().partition("=")[::2] for part in _setting("AZURE_STORAGE_CONNECTION_STRING").split(";") if part
+    )
+    account = said.get("AccountName") or _setting("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ValueError("no storage account is named")
+    key = said.get("AccountKey") or _setting("AZURE_STORAGE_ACCESS_KEY")
+    token = said.get("SharedAccessSignature") or _setting("AZURE_STORAGE_SAS_TOKEN")
+    scheme, authority = _endpoint(said.get("BlobEndpoint", ""))
+    return fs.AzureFileSystem(
+        account, account_key=key or None, sas_token=None if key else token or None,
+        # The emulator's address has the account behind it, and so has Arrow's for what is no name of Azure's.
+        blob_storage_authority=authority and authority.partition("/")[0], blob_storage_scheme=scheme,
+        dfs_storage_authority=authority and authority.partition("/")[0], dfs_storage_scheme=scheme,
+    )  # fmt: skip
+
+
+def _setting(name: str) -> str:
+    """What GDAL is told, by the environment or in the program."""
     from rasterio._env import get_gdal_config
 
-    endpoint = get_gdal_config("AWS_S3_ENDPOINT")
-    scheme = "https" if get_gdal_config("AWS_HTTPS") in (None, True, "YES", "ON") else "http"
-    found = re.fullmatch(r"(?:(https?)://)?(.+)", endpoint or "")
-    if found:
-        scheme, endpoint = found.group(1) or scheme, found.group(2).rstrip("/")
-    region = get_gdal_config("AWS_REGION") or get_gdal_config("AWS_DEFAULT_REGION")
-    try:
-        region = region or (None if endpoint else fs.resolve_s3_region(bucket))
-        # Delayed, a small object takes one request and not three.
-        return fs.S3FileSystem(endpoint_override=endpoint, scheme=scheme, region=region, allow_delayed_open=True)
-    except OSError as error:
-        raise BadScene(f"s3://{bucket}: {' '.join(str(error).split())[:300]}") from error
+    value = get_gdal_config(name)
+    if isinstance(value, bool):
+        return "YES" if value else "NO"
+    return "" if value is None else str(value)
+
+
+def _endpoint(text: str) -> tuple[str | None, str | None]:
+    """Scheme and the rest of an address, each None where it does not say."""
+    found = re.fullmatch(r"(?:(https?)://)?(.+?)/?", text)
+    return (found.group(1), found.group(2)) if found else (None, None)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ class TileSet:
         """Of a tile's image, within the scene's folder."""
         if self.is_xyz:
             zoom, column, row = self._first_xyz
-            return f"{zoom}/{column + spot.column}/{row + spot.row}.{self.format}"
+            # East of the antimeridian web maps begin anew.
+            return f"{zoom}/{(column + spot.column) % 2**zoom}/{row + spot.row}.{self.format}"
         return f"r{spot.row:04d}_c{spot.column:04d}.{self.format}"
 
     def spot_of(self, name: str) -> Planned | None:
@@ -153,8 +154,8 @@ class TileSet:
             return None
         numbers = [int(number) for number in re.findall(r"\d+", name)]
         if self.is_xyz and len(numbers) == 3:
-            _, first_column, first_row = self._first_xyz
-            column, row = numbers[1] - first_column, numbers[2] - first_row
+            zoom, first_column, first_row = self._first_xyz
+            column, row = (numbers[1] - first_column) % 2**zoom, numbers[2] - first_row
         else:
             row, column = numbers[:2]
         if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):

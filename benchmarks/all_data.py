@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def chosen(folder: Path, count: int) -> list[Path]:
     return found
 
 
-def tried(data: Path, *, files: int, tiles: int) -> Iterator[Tried]:
+def tried(data: Path, *, files: int, tiles: int, only: Sequence[str] = ()) -> Iterator[Tried]:
     """Each data set, ingested, pre-labelled and exported. Raises BadScene where a file with a place is refused."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
@@ -79,7 +79,7 @@ def tried(data: Path, *, files: int, tiles: int) -> Iterator[Tried]:
         taken: dict[str, list[Path]] = {}
         sources: dict[str, Path] = {}
         placed: Counter[str] = Counter()
-        for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        for folder in sorted(path for path in data.iterdir() if path.is_dir() and (not only or path.name in only)):
             for path in chosen(folder, files):
                 taken.setdefault(folder.name, []).append(path)
                 try:
@@ -163,9 +163,10 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of data sets")
     parser.add_argument("--files", type=int, default=3, help="of each data set and kind; 0: all")
     parser.add_argument("--tiles", type=int, default=2, help="of each file")
+    parser.add_argument("--only", nargs="+", default=(), help="these data sets")
     asked = parser.parse_args()
     worst = 0.0
-    for one in tried(asked.data, files=asked.files, tiles=asked.tiles):
+    for one in tried(asked.data, files=asked.files, tiles=asked.tiles, only=asked.only):
         where = f"{one.elsewhere:.5%} elsewhere" if one.placed else "no place: GeoJSON refused"
         print(
             f"{one.name:30} {one.files:4d} files, {one.placed:4d} with a place, {one.tasks:5d} tiles,"

@@ -1,6 +1,7 @@
 """Bulk prediction on Dask: what it costs beside the bare segmenter, what a second worker brings, and how much memory.
 
     python -m benchmarks.bulk [--tiles 24] [--rounds 3] [--planned 100000]
+    python -m benchmarks.bulk --gigapixels 0.1 1 4
 
 own          the segmenter's own throughput: embed, dense heads, objects and outlines in a loop over decoded tiles, in a
              worker's process with one thread, so that everything else is as it is for the next two
@@ -10,15 +11,23 @@ one, two     `geoprelabel predict --workers 1`, `--workers 2`, each process with
 Tiles a second by the clock, and tiles a second of processor time of the workers, which others on the machine disturb
 less. Goals on two idle cores: one / own >= 0.9, two / one >= 1.7.
 
-peak_mb      most memory that each worker held. It sees tiles, never the scene, so the scene's size does not matter
+peak_mb      most memory that each worker held
 plan_*       so many made-up tasks whose prediction costs nothing: tasks a second through Dask one by one and in batches
              of 50, which is what the scheduler can do at most, and most memory of the client
 block_bytes  of Parquet a tile with objects of the demo scene
+
+With --gigapixels, only memory: tiled GeoTIFFs of that size as `benchmarks.ingest` makes them, `ingest --dynamic`, then
+`geoprelabel predict` of every tile, in one process and with --workers 2, each tile made from the scene, fetched and
+decoded, and its outlines written, kept and assembled as ever. The model itself looks at one tile in `--every`, the
+others get what it found there last: on every tile it would take hours, and hold no more (`--limit` for machines that
+are slow at reading, too). Most memory of all processes
+together and of the largest; the file's first task is looked at, so that a run that predicts nothing fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -29,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +46,8 @@ from backend import cluster
 from backend.annotations import tasks_in
 from backend.bulk import predict_to_file
 from backend.push import DEFAULT_CONFIG
+
+from . import ingest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAKE = "from pathlib import Path; from demo.scene import make_scene; make_scene(Path('town.tif'), size_px=({0}, {0}))"
@@ -47,9 +58,15 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=24, help="of 512 px, per round")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts")
     parser.add_argument("--planned", type=int, default=100_000, help="made-up tasks; 0: none")
+    parser.add_argument("--gigapixels", type=float, nargs="*", help="memory on scenes of these sizes, and nothing else")
+    parser.add_argument("--limit", type=int, default=100_000, help="predict so many tiles, spread over the scene")
+    parser.add_argument("--every", type=int, default=100, help="the model looks at one tile of so many")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if arguments.gigapixels:
+            memory(folder, arguments.gigapixels, arguments.every, arguments.limit)
+            return
         os.environ.update({"GEOPRELABEL_DATA_DIR": str(folder / "data"), "GEOPRELABEL_DASK_SCHEDULER": ""})
         os.environ.pop("LABEL_STUDIO_URL", None)
         figures = speed(folder, arguments.tiles, arguments.rounds)
@@ -94,6 +111,55 @@ def speed(folder: Path, count: int, rounds: int) -> dict[str, float]:
     blocks = list((folder / "out.json.blocks").glob("*.parquet"))
     figures["block_bytes"] = sum(path.stat().st_size for path in blocks) / len(tasks)
     return figures | {f"{name}_peak_mb": value for name, value in peaks.items()}
+
+
+def memory(folder: Path, gigapixels: Sequence[float], every: int, limit: int) -> None:
+    os.environ["SEEN_BY_MODEL"] = str(every)
+    # Dask's workers look away as well.
+    os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = '["benchmarks.bulk"]'
+    predict = "import sys; from benchmarks import bulk; bulk.dask_setup(None); from backend.cli import main; main()"
+    for size in gigapixels:
+        side = round(math.sqrt(size * 1e9))
+        ingest.python(ingest.MAKE_LARGE.format(side=side), folder)
+        begun = ingest.run((*ingest.OURS, "large.tif", "--out", "data", "--dynamic"), folder)
+        os.environ["GEOPRELABEL_DATA_DIR"] = str(folder / "data")
+        tasks = json.loads((folder / "data" / "tasks.json").read_text())
+        print(
+            f"{size:5g} Gpx ingest --dynamic: {len(tasks):6d} tiles, peak {begun.peak_mb:5.0f} MB,"
+            f" {begun.wall_s:6.1f} s",
+            flush=True,
+        )
+        (folder / "some.json").write_text(json.dumps(tasks[:: -(-len(tasks) // limit)]))
+        del tasks
+        for how in ((), ("--workers", "2")):
+            command = (sys.executable, "-c", predict, "predict", "some.json", "--out", "out.json", *how)
+            ran = ingest.run(command, folder)
+            with open(folder / "out.json", encoding="utf-8") as file:
+                count = sum(1 for task in map(json.loads, _lines(file)) if task["predictions"])
+            print(
+                f"{size:5g} Gpx predict {' '.join(how) or 'in one process'}: {count:6d} tiles,"
+                f" peak {ran.peak_mb:5.0f} MB of all, {ran.largest_mb:5.0f} MB of the largest, {ran.wall_s:6.1f} s",
+                flush=True,
+            )
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    """The tasks of a file that `predict` wrote, a line each."""
+    return (line.strip().rstrip(",") for line in file if line.startswith("{"))
+
+
+def dask_setup(worker: Any) -> None:
+    """In a process that predicts: the model looks at one tile of SEEN_BY_MODEL."""
+    from backend.predictor import Predictor
+
+    looks, last, count, every = Predictor.automatic, [], itertools.count(), int(os.environ["SEEN_BY_MODEL"])
+
+    def automatic(*given: Any, **options: Any) -> Any:
+        if next(count) % every == 0 or not last:
+            last[:] = [looks(*given, **options)]
+        return last[0]
+
+    Predictor.automatic = automatic  # type: ignore[method-assign]
 
 
 def _work(begun: cluster.Job) -> Callable[[Mapping[str, Any]], Any]:

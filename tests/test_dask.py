@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
+import rasterio
 
 from backend import cluster
 from backend.bulk import Failed, predict_to_file
@@ -21,8 +25,10 @@ from backend.cluster import over_tasks
 from backend.errors import BackendError
 from backend.jobs import Ask, Jobs
 from backend.registry import Registry
+from backend.service import Service
 from backend.settings import Settings
 from demo.label_studio import free_port
+from demo.scene import make_scene
 
 from .dask_work import doubled, set_environment
 from .fakes import bright_image
@@ -121,13 +127,16 @@ def test_the_scheduler_of_nobody_is_one_sentence(address: str, monkeypatch: pyte
 
 
 @contextlib.contextmanager
-def dask_of_two(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A scheduler and a worker as people start them; the address and the scheduler's process."""
+def dask_of_two(folder: Path, *workers: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and workers with these resources as people start them; the address and the scheduler's process."""
     address = f"tcp://127.0.0.1:{free_port()}"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     commands = [
         ["scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard"],
-        ["worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--death-timeout", "60"],
+        *(
+            ["worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--death-timeout", "60", *resources]
+            for resources in [("--resources", wanted) for wanted in workers] or [()]
+        ),
     ]
     with (folder / "dask.txt").open("wb") as output, contextlib.ExitStack() as stack:
         started = []
@@ -144,59 +153,119 @@ def dask_of_two(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 CLIENT = """
 import sys
 from pathlib import Path
-from backend import cluster
+from backend import cli, cluster
 from backend.bulk import predict_to_file
 from tests.dask_work import doubled
-address, out, log, gate = sys.argv[1:]
-tasks = [{"n": n, "data": {"image": str(n)}, "log": log, "gate": gate} for n in range(40)]
-with cluster.remote(address) as client:
-    predict_to_file(lambda: tasks, Path(out), lambda some: cluster.over_tasks(client, doubled, some), fingerprint="v1")
+def run(address, resources, out, log, gate):
+    tasks = [{"n": n, "data": {"image": str(n)}, "log": log, "gate": gate} for n in range(40)]
+    with cluster.remote(address) if address else cluster.local(2, cores=2) as client:
+        def predict(some):
+            return cluster.over_tasks(client, doubled, some, resources=cluster.resources_of(resources))
+        predict_to_file(lambda: tasks, Path(out), predict, fingerprint="v1")
+if __name__ == "__main__":
+    cli.app = lambda: run(*sys.argv[1:])
+    cli.main()
 """
 
 
-def test_a_client_or_scheduler_that_is_killed_repeats_at_most_what_was_in_flight(tmp_path: Path):
-    out, log, gate = tmp_path / "p.json", tmp_path / "log.txt", tmp_path / "gate.txt"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+class Client:
+    """The process that leads a run of 40 tasks; what is done is noted in ``log``."""
+
+    def __init__(self, folder: Path, address: str = "", resources: str = "") -> None:
+        self.out, self.log, self._gate = folder / "p.json", folder / "log.txt", folder / "gate.txt"
+        (folder / "client.py").write_text(CLIENT)
+        arguments = [address, resources, str(self.out), str(self.log), str(self._gate)]
+        self._command = [sys.executable, str(folder / "client.py"), *arguments]
 
     @contextlib.contextmanager
-    def start(address: str) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-c", CLIENT, address, str(out), str(log), str(gate)]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+    def start(self) -> Iterator[subprocess.Popen[bytes]]:
+        with subprocess.Popen(
+            self._command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:  # fmt: skip
             try:
                 yield process
             finally:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
-    def wait_for(count: int, process: subprocess.Popen[bytes]) -> None:
+    def wait_for(self, count: int, process: subprocess.Popen[bytes]) -> None:
         """Until so many tasks are done, and no more are begun."""
-        gate.write_text(str(count))
+        self.let(count)
         until_s = time.monotonic() + 180
         while time.monotonic() < until_s and process.poll() is None:
-            if log.exists() and len(log.read_text().split()) >= count:
+            if self.log.exists() and len(self.log.read_text().split()) >= count:
                 return
             time.sleep(0.01)
         raise AssertionError(
-            process.communicate(timeout=1) if process.poll() is not None else "no progress", log.read_text()
+            process.communicate(timeout=1) if process.poll() is not None else "no progress", self.log.read_text()
         )
 
+    def let(self, count: int) -> None:
+        """No more tasks than that are begun."""
+        self._gate.write_text(str(count))
+
+    def check(self, *, most: int) -> None:
+        """All is there, and no more was done."""
+        written = json.loads(self.out.read_text())
+        assert [task["predictions"][0]["twice"] for task in written] == [2 * n for n in range(40)]
+        ran = [int(n) for n in self.log.read_text().split()]
+        assert set(ran) == set(range(40))
+        assert len(ran) <= most
+
+
+def test_a_client_or_scheduler_that_is_killed_repeats_at_most_what_was_in_flight(tmp_path: Path):
     with dask_of_two(tmp_path) as (address, scheduler):
-        with start(address) as process:
-            wait_for(10, process)
+        client = Client(tmp_path, address)
+        with client.start() as process:
+            client.wait_for(10, process)
             process.kill()
-        with start(address) as process:
-            wait_for(25, process)
+        with client.start() as process:
+            client.wait_for(25, process)
             scheduler.kill()
             assert b"is gone; once it runs again" in process.communicate(timeout=180)[1]
             assert process.returncode == 1
-    gate.write_text("40")
-    with dask_of_two(tmp_path) as (address, _), start(address) as process:
+    client.let(40)
+    with dask_of_two(tmp_path) as (address, _), Client(tmp_path, address).start() as process:
         assert process.wait(180) == 0, process.stderr.read() if process.stderr else ""
-    written = json.loads(out.read_text())
-    assert [task["predictions"][0]["twice"] for task in written] == [2 * n for n in range(40)]
-    ran = [int(n) for n in log.read_text().split()]
-    assert set(ran) == set(range(40))
     # One worker has one thread: four are on their way at a time.
-    assert len(ran) <= 40 + 2 * 4
+    client.check(most=40 + 2 * 4)
+
+
+def is_alive_in(stat: Path, group: int) -> bool:
+    with contextlib.suppress(OSError):
+        state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+        return int(of_group) == group and state != "Z"
+    return False
+
+
+@pytest.mark.parametrize("kind", ["processes", "pool"])
+def test_ctrl_c_ends_all_of_a_run_with_one_sentence_and_the_next_goes_on(tmp_path: Path, kind: str):
+    """As a terminal sends it: to the command and, with ``--workers``, to the processes that it started."""
+    with contextlib.ExitStack() as stack:
+        address = ""
+        if kind == "pool":
+            # The second has not what is asked for, and so gets nothing.
+            address, _ = stack.enter_context(dask_of_two(tmp_path, "GPU=2", "TILE=2"))
+        client = Client(tmp_path, address, "GPU=1" if address else "")
+        with client.start() as process:
+            client.wait_for(10, process)
+            os.killpg(process.pid, signal.SIGINT)
+            said = process.communicate(timeout=180)[1].decode()
+            assert process.returncode == 130, said
+            assert " ".join(said.split()) == "error: interrupted; run the command again to go on"
+            # Whoever is init here has the last word on processes that have ended.
+            group = [path for path in Path("/proc").glob("[0-9]*/stat") if is_alive_in(path, process.pid)]
+            assert group == []
+        assert not client.out.exists()
+        for lines in client.out.with_name("p.json.blocks").glob("*.jsonl"):
+            assert all("prediction" in json.loads(line) for line in lines.read_text().split("\n") if line)
+        client.let(40)
+        with client.start() as process:
+            assert process.wait(180) == 0, process.stderr.read() if process.stderr else ""
+    # Two threads at most, two tasks of each on their way and two more.
+    client.check(most=40 + 6)
+    assert not client.out.with_name("p.json.blocks").exists()
 
 
 # --- Training ---
@@ -264,6 +333,10 @@ def test_processes_predict_what_this_one_does(client: Any, tmp_path: Path, monke
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     client.run(set_environment, environment)
+    # With the ground of a town in it, so that there is something to see twice and to weigh.
+    make_scene(tmp_path / "town.tif", size_px=(256, 256))
+    with rasterio.open(tmp_path / "town.tif") as town:
+        cv2.imwrite(str(tmp_path / "tiles" / "2.png"), np.moveaxis(town.read(), 0, 2)[..., ::-1])
     settings, job = Settings.from_environment(embedding_disk_mb=0), cluster.Job(CONFIG)
     reports = []
     for name, crew in (
@@ -281,12 +354,21 @@ def test_processes_predict_what_this_one_does(client: Any, tmp_path: Path, monke
         pytest.approx(leaf, abs=1e-3) if isinstance(leaf, float) else leaf for leaf in leaves(two)
     ]
     assert reports[0].predicted == reports[1].predicted == 3
+    assert reports[0].polygons == reports[1].polygons >= 3
     assert reports[0].failures == reports[1].failures
     assert reports[1].failures[0].task == "task 4"
     assert "none.png" in reports[1].failures[0].reason
     wrong = cluster.Job(CONFIG, fingerprint="something else")
     with pytest.raises(BackendError, match="same release"):
         cluster.opened(client, wrong)
+
+    # Embeddings that the workers make are those that the server looks for.
+    warmed = [list(cluster.warm_tasks(client, Settings.from_environment(), job, tasks)) for _ in range(2)]
+    assert [Counter(outcomes) for outcomes in warmed] == [{True: 3, None: 1}, {False: 3, None: 1}]
+    with contextlib.closing(Service(Settings.from_environment())) as service:
+        service.predictor.start()
+        assert list(service.warm_tasks(tasks, CONFIG)) == [False, False, False, None]
+        assert any("none.png" in problem.message for problem in service.problems.recent())
 
 
 def test_a_project_is_trained_on_a_worker_of_the_cluster(tmp_path: Path):
@@ -312,8 +394,18 @@ def test_a_project_is_trained_on_a_worker_of_the_cluster(tmp_path: Path):
         Jobs(Settings(data_dir=tmp_path))._update_ask(PROJECT, lambda ask: Ask(at_once=True))
         # Here nobody knows of a Label Studio: only the worker can do it.
         del environment["LABEL_STUDIO_URL"]
-        assert run("backend", "train", "--queued", "--project", PROJECT).wait(180) == 0
-    assert PROJECT in Registry(Settings(data_dir=tmp_path)).champions()
+        assert run("backend", "train", "--queued", "--project", PROJECT).wait(500) == 0
+        live = Registry(Settings(data_dir=tmp_path)).champions()[PROJECT]
+        # Who types it gets what the worker made of the same annotations.
+        typed = run("backend", "train", "--project", PROJECT.split(".")[0], "--json", stdout=subprocess.PIPE)
+        told, _ = typed.communicate(timeout=500)
+        assert json.loads(told) == {
+            "version": live.name,
+            "message": f"the annotations are those of {live.name}; nothing new to learn",
+            "is_new": False,
+        }
+        shown = Jobs(Settings(data_dir=tmp_path)).run(PROJECT)
+        assert (shown.state, shown.version, shown.message) == ("done", live.name, json.loads(told)["message"])
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -41,6 +41,7 @@ from backend.settings import Settings
 from backend.sources import sources
 from backend.stretch import Stretch
 from backend.tile import Tile
+from backend.tiles import SceneTiles
 from demo.label_studio import LabelStudioServer
 
 from .sdk_judge import SdkJudge, sdk_python
@@ -490,6 +491,8 @@ def test_nodata_can_be_given_where_the_file_is_silent(tmp_path: Path) -> None:
 
 # Grids
 
+CORNERS = np.array([(1.0, 1.0), (63.0, 63.0)])
+
 
 def test_the_xyz_grid_is_that_of_web_maps(tmp_path: Path) -> None:
     values = np.full((3, 300, 400), 40, np.uint8)
@@ -521,6 +524,49 @@ def test_the_xyz_grid_is_that_of_web_maps(tmp_path: Path) -> None:
     # A pixel of the zoom that is chosen is no coarser than the scene's.
     tile = Tile.from_record(tasks[0]["data"]["tile"])
     assert 0.24 < float(tile.gsd_m or 0) <= 0.52
+
+
+@pytest.mark.parametrize(
+    ("crs", "place"),
+    [
+        ("EPSG:4326", Affine(5e-6, 0, 179.9995, 0, -5e-6, 10)),
+        ("EPSG:4167", Affine(5e-6, 0, -180.0010, 0, -5e-6, 10)),
+        ("EPSG:32660", Affine(0.5, 0, 828_860, 0, -0.5, 1_106_950)),
+    ],
+)
+@pytest.mark.parametrize("grid", ["xyz", "webmercator"])
+def test_web_map_tiles_go_on_over_the_antimeridian(tmp_path: Path, grid: str, crs: str, place: Affine) -> None:
+    values = np.full((3, 150, 300), 40, np.uint8)
+    values[:, 40:90, 60:240] = 220
+    scene = write(tmp_path / "a.tif", values, crs=crs, transform=place)
+    whole = Tile((300, 150), crs, place)
+    options = IngestOptions(64, 0, format="png", grid=grid)
+    report, tasks = run(scene, tmp_path, options)
+    sides, shown_m2 = set(), 0.0
+    for task in tasks:
+        tile = Tile.from_record(task["data"]["tile"])
+        if grid == "xyz":
+            by_name = Tile.from_xyz_url(task["data"]["image"], size=(64, 64))
+            assert by_name is not None
+            assert np.allclose(by_name.px_to_lonlat(CORNERS), tile.px_to_lonlat(CORNERS), atol=1e-9)
+        rows, columns = np.nonzero(image_of(task, tmp_path)[0] > 130)
+        if len(rows):
+            lonlat = tile.px_to_lonlat(np.column_stack((columns + 0.5, rows + 0.5)))
+            # The scene's own longitudes end elsewhere.
+            lonlat[:, 0] += 360 * np.round((place.c - lonlat[:, 0]) / 360) if crs != "EPSG:32660" else 0
+            inside = whole.lonlat_to_px(lonlat)
+            assert ((inside > (59, 39)) & (inside < (241, 91))).all()
+            sides |= set(np.sign(tile.px_to_lonlat(np.array([(32.0, 32.0)]))[:, 0]))
+            shown_m2 += len(rows) * float(tile.gsd_m or 0) ** 2
+    assert sides == {-1, 1}
+    assert shown_m2 == pytest.approx(180 * 50 * whole.ground_size_m() ** 2, rel=0.05)
+    assert run(scene, tmp_path, options)[0].kept == report.tiles
+    ingest([scene], tmp_path / "d", tiles_url="http://host:9090/tiles", options=options, is_dynamic=True)
+    made = SceneTiles(tmp_path / "d" / "scenes")
+    for task in tasks:
+        name = task["data"]["image"].partition("/a/")[2]
+        assert made.image("a", name) == (tmp_path / "tiles" / "a" / name).read_bytes()
+    made.close()
 
 
 def test_the_server_and_the_image_store_find_xyz_tiles_and_nothing_beside_them(tmp_path: Path) -> None:
@@ -663,6 +709,30 @@ def test_only_tiles_that_touch_the_area_are_cut(tmp_path: Path, name: str, crs: 
 COURT = at(20, 20, 60, 50).difference(at(30, 30, 40, 40))
 TWINS = shapely.union_all([at(200, 40, 220, 60), at(230, 40, 250, 60)])
 ACROSS = at(100, 100, 300, 130)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857", "EPSG:32601"])
+@pytest.mark.parametrize("grid", ["native", "xyz"])
+def test_an_area_and_outlines_lie_on_both_sides_of_the_antimeridian(tmp_path: Path, grid: str, crs: str) -> None:
+    scene = write(tmp_path / "a.tif", picture(), crs="EPSG:4326", transform=Affine(1e-5, 0, 179.9995, 0, -1e-5, 10))
+    # The first 50 columns lie west of it.
+    boxes = [shapely.box(179.9996, 9.9991, 179.9999, 9.9999), shapely.box(-179.9999, 9.9991, -179.9992, 9.9999)]
+    file = tmp_path / "houses.gpkg"
+    geopandas.GeoDataFrame(geometry=boxes, crs="EPSG:4326").to_crs(crs).to_file(file)
+    labelled = Labelled.of(file, CONFIG, label="building")
+    report = ingest([scene], tmp_path, tiles_url="http://h/tiles", options=IngestOptions(512, 0, grid=grid),
+                    aoi=file, prelabels=labelled)  # fmt: skip
+    lonlat = []
+    for task in json.loads((tmp_path / "tasks.json").read_text()):
+        tile = Tile.from_record(task["data"]["tile"])
+        for result in task["predictions"][0]["result"]:
+            found = tile.px_to_lonlat(tile.pct_to_px(np.array(result["value"]["points"])))
+            # One grid counts on beyond 180 degrees.
+            found[:, 0] = (found[:, 0] + 180) % 360 - 180
+            lonlat.append(found)
+    assert report.prelabels == len(lonlat) == 2
+    for wanted, found in zip(boxes, sorted(lonlat, key=lambda ring: -ring[0, 0]), strict=True):
+        assert np.allclose(wanted.bounds, [*found.min(axis=0), *found.max(axis=0)], atol=2e-6)
 
 
 def footprints(folder: Path) -> tuple[Labelled, IngestReport, list[dict[str, Any]]]:

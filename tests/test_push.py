@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,16 +18,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import geopandas
+import numpy as np
 import pytest
+import rasterio
+import shapely
+from affine import Affine
 
 import backend.push as pushing
 from backend.annotations import tasks_in
+from backend.bulk import BulkReport, predict_project
 from backend.client import LabelStudio, PredictionsLeftOut
 from backend.errors import BackendError, LabelStudioDenied
+from backend.export import ExportOptions, export
+from backend.ingest import IngestOptions, ingest
 from backend.push import Pushed, push, write_for_storage
+from backend.service import Service
 from backend.settings import Settings
+from backend.stores import _files_of
 from demo.label_studio import LabelStudioServer
 
+from .fakes import BrightSegmenter, bright_image
 from .small_server import Answer, Asked, SmallServer, as_json
 
 CONFIG = """<View><Image name="image" value="$image"/><PolygonLabels name="p" toName="image">
@@ -319,50 +331,146 @@ def test_files_for_a_cloud_storage_stay_as_they_are(tmp_path: Path) -> None:
     assert json.loads(next((tmp_path / "s3").glob("*.json")).read_text())["predictions"]
 
 
+# By way of a bucket
+
+
+class Bucket:
+    """The bucket ``towns`` of an S3 server on this machine, and what Label Studio needs to be told of it."""
+
+    def __init__(self, endpoint: str) -> None:
+        import boto3
+
+        self.endpoint = endpoint
+        self.client = boto3.client("s3", endpoint_url=endpoint)
+        self.client.create_bucket(Bucket="towns")
+
+    def keys(self, prefix: str) -> list[str]:
+        listed = self.client.list_objects_v2(Bucket="towns", Prefix=f"{prefix}/").get("Contents", [])
+        return [one["Key"].removeprefix(f"{prefix}/") for one in listed]
+
+    def storage(self, api: LabelStudio, project: int, prefix: str) -> int:
+        """A source storage of the project, made as the page makes it; its number."""
+        body = {
+            "project": project, "bucket": "towns", "prefix": prefix, "regex_filter": r".*\.json", "presign": True,
+            "use_blob_urls": False, "s3_endpoint": self.endpoint, "region_name": "us-east-1",
+            "aws_access_key_id": "testing", "aws_secret_access_key": "testing",
+        }  # fmt: skip
+        return int(api._call("POST", "/api/storages/s3/", body=body)["id"])
+
+    def synchronized(self, api: LabelStudio, project: int, storage: int, count: int) -> list[dict[str, Any]]:
+        """The project's tasks once there are so many."""
+        api._call("POST", f"/api/storages/s3/{storage}/sync", body={}, timeout_s=60)
+        deadline = time.monotonic() + 60
+        while len(there := list(api.tasks(project))) < count and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return there
+
+
+@pytest.fixture
+def bucket() -> Iterator[Bucket]:
+    pytest.importorskip("boto3")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_S3_ENDPOINT": f"{host}:{port}",
+            "AWS_HTTPS": "NO", "AWS_VIRTUAL_HOSTING": "FALSE", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        _files_of.cache_clear()
+        made = Bucket(f"http://{host}:{port}")
+        yield made
+        made.client.close()
+    _files_of.cache_clear()
+    server.stop()
+
+
+def test_task_files_go_to_a_bucket_by_one_command_and_only_once(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps(list(tasks_of(5))))
+    command = [sys.executable, "-m", "backend", "push", "tasks.json", "--storage", "s3://towns/may/tasks", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    for written in (5, 0):
+        told = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+        assert json.loads(told.stdout) == {"written": written, "tasks": 5}
+    assert write_for_storage(tasks_of(7), "s3://towns/may/tasks") == 2
+    write_for_storage(tasks_of(7), tmp_path / "s3")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "s3").iterdir()}
+    there = {key: bucket.client.get_object(Bucket="towns", Key=f"may/tasks/{key}") for key in bucket.keys("may/tasks")}
+    assert {key: one["Body"].read() for key, one in there.items()} == files
+    with pytest.raises(BackendError, match=r"s3://none-such/x: .*AWS_ACCESS_KEY_ID"):
+        write_for_storage(tasks_of(1), "s3://none-such/x")
+
+
 @pytest.mark.label_studio
 def test_a_real_label_studio_takes_tasks_from_a_bucket_once(
-    label_studio: LabelStudioServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    label_studio: LabelStudioServer, bucket: Bucket, tmp_path: Path
 ) -> None:
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    bucket = moto.ThreadedMotoServer(port=0)
-    bucket.start()
-    try:
-        host, port = bucket.get_host_and_port()
-        s3 = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        s3.create_bucket(Bucket="towns")
+    settings = Settings(
+        label_studio_url=label_studio.url, label_studio_api_key=label_studio.token, data_dir=tmp_path
+    )  # fmt: skip
+    with LabelStudio(label_studio.url, label_studio.token) as api:
+        project = int(api.create_project("from a bucket", CONFIG)["id"])
+        # Label Studio refuses a storage with nothing in it.
+        write_for_storage(tasks_of(5), "s3://towns/town")
+        storage = bucket.storage(api, project, "town")
+        for count in (5, 8):
+            write_for_storage(tasks_of(count), "s3://towns/town")
+            there = bucket.synchronized(api, project, storage, count)
+            found = sorted((task["data"]["image"], len(task["predictions"])) for task in there)
+            assert found == [(f"http://x.org/{n}.jpg", 1) for n in range(count)]
+        done = push(api, settings, tasks_of(8), title="from a bucket", label_config=CONFIG, backend_url=None)
+        assert (done.tasks, done.already_there, done.predictions) == (0, 8, 0)
 
-        def uploaded(count: int) -> None:
-            write_for_storage(tasks_of(count), tmp_path / "s3")
-            for path in (tmp_path / "s3").iterdir():
-                s3.upload_file(str(path), "towns", f"town/{path.name}")
 
+@pytest.mark.label_studio
+def test_images_that_a_real_label_studio_presigns_are_predicted_and_come_back_in_their_place(
+    label_studio: LabelStudioServer, bucket: Bucket, tmp_path: Path
+) -> None:
+    """Tiles and tasks in a bucket of which only Label Studio has the key, to polygons on the ground."""
+    place = Affine(0.5, 0, 354_000, 0, -0.5, 3_057_000)
+    with rasterio.open(
+        tmp_path / "town.tif", "w", driver="GTiff", width=200, height=128, count=3, dtype="uint8", crs="EPSG:32645",
+        transform=place,
+    ) as out:  # fmt: skip
+        out.write(np.moveaxis(bright_image((20, 30, 60, 70), (140, 40, 180, 90), size=(200, 128)), 2, 0))
+    ingest([tmp_path / "town.tif"], tmp_path, upload="s3://towns/tiles", options=IngestOptions(128, 32, "png"))
+    write_for_storage(tasks_in(tmp_path / "tasks.json"), "s3://towns/tasks")
+
+    def predicted(api: LabelStudio, project: int, **more: Any) -> BulkReport:
         settings = Settings(
-            label_studio_url=label_studio.url, label_studio_api_key=label_studio.token, data_dir=tmp_path
-        )  # fmt: skip
-        with LabelStudio(label_studio.url, label_studio.token) as api:
-            project = int(api.create_project("from a bucket", CONFIG)["id"])
-            uploaded(5)
-            storage = api._call(
-                "POST", "/api/storages/s3/",
-                body={"project": project, "bucket": "towns", "prefix": "town", "regex_filter": r".*\.json",
-                      "use_blob_urls": False, "s3_endpoint": f"http://{host}:{port}", "region_name": "us-east-1",
-                      "aws_access_key_id": "testing", "aws_secret_access_key": "testing"},
+            label_studio_url=label_studio.url, label_studio_api_key=label_studio.token, data_dir=tmp_path, **more
+        )
+        with contextlib.closing(Service(settings, segmenter=BrightSegmenter())) as service:
+            service.predictor.start()
+            service.predictor.wait(60)
+            return predict_project(
+                api, project, lambda tasks: service.predict_tasks(tasks, CONFIG, str(project)), version="bright-1",
+                fingerprint="x", kept=tmp_path / "kept.jsonl",
             )  # fmt: skip
 
-            def synchronized(count: int) -> list[tuple[str, int]]:
-                api._call("POST", f"/api/storages/s3/{storage['id']}/sync", body={}, timeout_s=60)
-                deadline = time.monotonic() + 30
-                while len(there := list(api.tasks(project))) < count and time.monotonic() < deadline:
-                    time.sleep(0.2)
-                return sorted((task["data"]["image"], len(task["predictions"])) for task in there)
-
-            assert synchronized(5) == [(f"http://x.org/{n}.jpg", 1) for n in range(5)]
-            uploaded(8)
-            assert synchronized(8) == [(f"http://x.org/{n}.jpg", 1) for n in range(8)]
-            done = push(api, settings, tasks_of(8), title="from a bucket", label_config=CONFIG, backend_url=None)
-            assert (done.tasks, done.already_there, done.predictions) == (0, 8, 0)
-    finally:
-        bucket.stop()
+    with LabelStudio(label_studio.url, label_studio.token) as api, pytest.MonkeyPatch.context() as patch:
+        project = int(api.create_project("presigned", CONFIG)["id"])
+        tasks = bucket.synchronized(api, project, bucket.storage(api, project, "tasks"), 2)
+        assert sorted(task["data"]["image"] for task in tasks) == [
+            f"s3://towns/tiles/town/r0000_c000{column}.png" for column in (0, 1)
+        ]
+        # From here on nobody but Label Studio knows the bucket.
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT"):
+            patch.delenv(name)
+        # Where a signed link leads is no less suspect than any address: this machine's own has to be named.
+        refused = predicted(api, project)
+        assert (refused.predicted, refused.failed) == (0, 2)
+        assert "GEOPRELABEL_IMAGE_HOSTS" in refused.failures[0].reason
+        done = predicted(api, project, image_hosts=("127.0.0.1",))
+        assert (done.predicted, done.failed, done.polygons) == (2, 0, 2)
+        for task in list(api.tasks(project)):
+            (prediction,) = task["predictions"]
+            api.create_annotation(task["id"], prediction["result"], parent_prediction=prediction["id"])
+        export(api.tasks(project), tmp_path / "back.gpkg", options=ExportOptions())
+    there = geopandas.read_file(tmp_path / "back.gpkg", layer="back").to_crs("EPSG:32645").union_all()
+    wanted = shapely.union_all([shapely.box(*(place @ (x0, y1)), *(place @ (x1, y0))) for x0, y0, x1, y1 in
+                                ((20, 30, 60, 70), (140, 40, 180, 90))])  # fmt: skip
+    assert there.symmetric_difference(wanted).area / wanted.area < 0.1

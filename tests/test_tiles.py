@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
+import socket
+import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +25,15 @@ from flask import Flask
 from flask.testing import FlaskClient
 from rasterio.control import GroundControlPoint
 
+from backend import stores
 from backend.errors import BackendError, BadImage, BadScene, Busy
 from backend.images import ImageStore
 from backend.ingest import IngestOptions, ingest
 from backend.server import _tile_route
 from backend.settings import BadSettings, Settings
-from backend.stores import Bucket, Folder, store_at
+from backend.stores import Bucket, Folder, Store, store_at
 from backend.tiles import SceneTiles
+from demo.label_studio import free_port
 
 PLACE = Affine(0.5, 0, 354_000, 0, -0.5, 3_057_000)
 SMALL = IngestOptions(tile_size=64, overlap=16)
@@ -379,22 +385,81 @@ def test_a_bucket_that_is_not_there_or_misspelt_is_said(tmp_path: Path, s3: Any)
     with pytest.raises(BadScene, match=r"s3://nobucket.*AWS_ACCESS_KEY_ID"):
         ingest([scene], tmp_path, options=SMALL, upload="s3://nobucket/x")
     assert not (tmp_path / "tasks.json").exists()
-    for wrong in ("gs://town/x", "s3://", "s3://a?b", "https://h/x"):
+    for wrong in ("ftp://town/x", "s3://", "s3://a?b", "gs://", "az://a/../../b?c", "https://h/x"):
         with pytest.raises(BadScene, match="s3://bucket/prefix"):
             store_at(wrong)
 
 
+def assert_holds(store: Store) -> None:
+    assert store.names("a") == set()
+    assert store.get("a/x.json") is None
+    store.remove("a/x.json")
+    store.put("a/x.json", b"1")
+    store.put("a/1/2/3.png", b"22")
+    store.put("a/x.json", b"333")
+    assert store.names("a") == {"x.json", "1/2/3.png"}
+    assert store.get("a/x.json") == b"333"
+    with pytest.raises(BackendError, match="larger than"):
+        store.get("a/x.json", max_bytes=2)
+    store.remove("a/x.json")
+    assert store.names("") == {"a/1/2/3.png"}
+
+
 def test_stores_do_the_same(tmp_path: Path, s3: Any) -> None:
     for store in (Folder(tmp_path / "new" / "one"), Bucket("town/stores")):
-        assert store.names("a") == set()
-        assert store.get("a/x.json") is None
-        store.remove("a/x.json")
-        store.put("a/x.json", b"1")
-        store.put("a/1/2/3.png", b"22")
-        store.put("a/x.json", b"333")
-        assert store.names("a") == {"x.json", "1/2/3.png"}
-        assert store.get("a/x.json") == b"333"
-        with pytest.raises(BackendError, match="larger than"):
-            store.get("a/x.json", max_bytes=2)
-        store.remove("a/x.json")
-        assert store.names("a") == {"1/2/3.png"}
+        assert_holds(store)
+
+
+EMULATORS = {
+    "gs": ("gcp-storage-emulator", "start --host 127.0.0.1 --port {port} --in-memory --default-bucket tiles",
+           {"CPL_GS_ENDPOINT": "http://127.0.0.1:{port}", "GS_NO_SIGN_REQUEST": "YES"}),
+    "az": ("azurite-blob", "--blobPort {port} --inMemoryPersistence --skipApiVersionCheck --disableTelemetry",
+           # The emulator's own account and key, the same everywhere.
+           {"AZURE_STORAGE_CONNECTION_STRING": "DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey="
+            "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==;"
+            "BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", EMULATORS)
+def test_googles_and_microsofts_stores_do_the_same(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against emulators, where they are installed: pip's ``gcp-storage-emulator``, npm's ``azurite``."""
+    program, arguments, environment = EMULATORS[scheme]
+    if shutil.which(program) is None:
+        pytest.skip(f"no {program} on PATH")
+    port = free_port()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(port=port))
+    stores._files_of.cache_clear()
+    with subprocess.Popen([program, *arguments.format(port=port).split()], cwd=tmp_path) as running:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.1)
+            stores._files_of(scheme, "tiles").create_dir("tiles")
+            assert_holds(store_at(f"{scheme}://tiles/stores"))
+            scene = write(tmp_path / "a.tif", picture())
+            for written in (True, False):
+                report = ingest([scene], tmp_path, options=SMALL, upload=f"{scheme}://tiles/may")
+                assert bool(report.written) is written
+            # As Label Studio spells it.
+            spelt = {"az": "azure-blob"}.get(scheme, scheme)
+            assert tasks_of(tmp_path)[0]["data"]["image"] == f"{spelt}://tiles/may/a/r0000_c0000.jpg"
+            told = stores._files_of(scheme, "tiles").open_input_stream("tiles/may/a/r0000_c0000.jpg").metadata()
+            assert told["Content-Type"] == b"image/jpeg"
+            with pytest.raises(BadScene, match=rf"{scheme}://none-such/x: .*look at"):
+                store_at(f"{scheme}://none-such/x").put("a.png", b"1")
+        finally:
+            running.terminate()
+            stores._files_of.cache_clear()
+
+
+def test_an_upload_to_azure_without_an_account_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadScene, match=r"no storage account is named.*AZURE_STORAGE_CONNECTION_STRING"):
+        store_at("az://tiles/x").put("a.png", b"1")
