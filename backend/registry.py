@@ -3,8 +3,8 @@
 A version's weights lie in ``MODEL_DIR/versions/<name>/``; they appear whole, by one rename, and are used only while
 their sha256 is the one that was registered. MLflow (a SQLite file in MODEL_DIR, or any server by
 ``MLFLOW_TRACKING_URI``) holds the rest: a run for each training, with its progress and figures, and for each version
-its metrics, lineage tags, and the aliases ``champion`` (live) and ``challenger`` (the newest that is not). A server of
-MLflow gets the weights as well, for backends on other machines.
+its metrics, lineage tags, and the aliases ``champion`` (live) and ``challenger`` (the newest that is not). For backends
+on other machines the weights also go where ``GEOPRELABEL_ARTIFACTS`` says, else to MLflow's server if there is one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from .errors import BadWeights, RegistryError, UnknownVersion
+from .errors import BadScene, BadWeights, RegistryError, UnknownVersion
 from .flight import IMPORTING
 from .settings import Settings
+from .stores import store_at
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
@@ -161,6 +162,7 @@ class Registry:
         self._database = self._model_dir / "mlflow.db"
         self._is_local = not settings.mlflow_tracking_uri
         self._uri = settings.mlflow_tracking_uri or f"sqlite:///{self._database}"
+        self._artifacts = settings.artifacts
 
     @property
     def is_empty(self) -> bool:
@@ -254,7 +256,13 @@ class Registry:
         folder = self._folder(name)
         _copy_whole(heads, folder / HEADS_FILE)
         source = folder.as_uri()
-        if not self._is_local and run_id:
+        if self._artifacts:
+            source = f"{self._artifacts}/{folder.name}/{HEADS_FILE}"
+            try:
+                store_at(self._artifacts).put(f"{folder.name}/{HEADS_FILE}", heads.read_bytes())
+            except BadScene as error:
+                raise RegistryError(f"the weights of {name} cannot be kept (GEOPRELABEL_ARTIFACTS): {error}") from error
+        elif not self._is_local and run_id:
             self._client.log_artifact(run_id, str(heads.absolute()))
             source = f"{self._client.get_run(run_id).info.artifact_uri}/{heads.name}"
         model_name = _model_name(project)
@@ -277,14 +285,23 @@ class Registry:
 
     def obtain(self, version: ModelVersion) -> None:
         """Fetch the weights of a version that another machine made, where they are not here; failing is logged."""
-        if self._is_local or not version.run_id or version.heads_path.exists():
+        if version.heads_path.exists() or not (self._artifacts or (version.run_id and not self._is_local)):
             return
         try:
             with tempfile.TemporaryDirectory(prefix="geoprelabel-weights-") as scratch:
-                fetched = self._client.download_artifacts(version.run_id, HEADS_FILE, scratch)
-                _copy_whole(Path(fetched), version.heads_path)
-        except (RegistryError, OSError) as error:
-            log.warning("the weights of %s cannot be fetched from MLflow: %s", version.name, error)
+                _copy_whole(self._fetched(version, Path(scratch)), version.heads_path)
+        except (RegistryError, BadScene, OSError) as error:
+            log.warning("the weights of %s cannot be fetched: %s", version.name, error)
+
+    def _fetched(self, version: ModelVersion, scratch: Path) -> Path:
+        if not self._artifacts:
+            return Path(self._client.download_artifacts(version.run_id, HEADS_FILE, str(scratch)))
+        content = store_at(self._artifacts).get(f"{version.heads_path.parent.name}/{HEADS_FILE}")
+        if content is None:
+            raise RegistryError(f"{self._artifacts} (GEOPRELABEL_ARTIFACTS) does not hold them")
+        fetched = scratch / HEADS_FILE
+        fetched.write_bytes(content)
+        return fetched
 
     def activate(self, project: str, name: str) -> ModelVersion:
         """Make that version live; the one before stays and can be activated again. Raises UnknownVersion, BadWeights.

@@ -156,6 +156,10 @@ class Settings(BaseSettings):
     weights_mirror: str = Field("", validation_alias="GEOPRELABEL_WEIGHTS_MIRROR")
     """Where `weights get` fetches from instead of Meta: the http(s) URL of a folder, or a folder of this machine."""
 
+    artifacts: str = Field("", validation_alias="GEOPRELABEL_ARTIFACTS")
+    """Where trained weights are kept for all servers: ``s3://bucket/prefix``, ``gs://…``, ``az://…`` or a folder that
+    all reach. Empty: each server's own MODEL_DIR, and MLflow's server where there is one."""
+
     log_level: str = Field("INFO", validation_alias="LOG_LEVEL")
     """DEBUG, INFO, WARNING or ERROR."""
 
@@ -185,6 +189,16 @@ class Settings(BaseSettings):
         if wrong := [one for one in buckets if one and not re.fullmatch(r"s3://[a-z0-9][^?#\s]+", one)]:
             raise ValueError(f"must be s3://bucket or s3://bucket/prefix, got {wrong[0]!r}")
         return tuple(one for one in buckets if one)
+
+    @field_validator("artifacts", mode="after")
+    @classmethod
+    def _check_artifacts(cls, value: str) -> str:
+        value = value.strip().rstrip("/")
+        if "://" in value and not re.fullmatch(r"(s3|gs|az)://[a-z0-9][^?#\s]+", value):
+            raise ValueError(
+                f"must be s3://bucket/prefix, gs://…, az://… or a folder, got {_without_password(value)!r}"
+            )
+        return value
 
     @field_validator("label_studio_url", "public_url", mode="after")
     @classmethod

@@ -1,4 +1,4 @@
-"""Where tiles are kept: a folder of this machine, or a bucket of Amazon's, Google's or Microsoft's object store.
+"""Where tiles and trained weights are kept: a folder, or a bucket of Amazon's, Google's or Microsoft's object store.
 
 Keys and endpoint come from the environment that GDAL reads scenes with (`_SECRETS`), never from a request or a task.
 """

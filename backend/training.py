@@ -59,7 +59,7 @@ _WINDOWS_A_STEP = 4
 _STEPS, _LEAST_STEPS, _FULL_LABELS = 120, 60, 2
 """Steps of a label's training where there are no more than so many labels, and at least so many where there are."""
 
-_LONGER_FROM_SHIPPED = 2
+_LONGER_FROM_SHIPPED = 1.7
 """So many times as many steps follow a shipped head where all tiles are learned from. None is stopped earlier: on half
 of the tiles, what heads learned from the other half stops rising long before a head of all tiles knows what it can."""
 
@@ -368,7 +368,7 @@ def _learned(
         told.append((_train(start, some, steps, rates, seed=seed, deadline=until)[0], judge))
     tell(len(parted) / (len(parted) + 1))
     every = [window for of_tile in windows for window in of_tile]
-    steps_of_all = steps * (1 if shipped is None else _LONGER_FROM_SHIPPED)
+    steps_of_all = steps if shipped is None else round(steps * _LONGER_FROM_SHIPPED)
     head, done = _train(start, every, steps_of_all, rates, seed=seed, deadline=deadline)
     del windows, every
     if not parted:

@@ -35,8 +35,8 @@ from backend.ingest import IngestOptions, ingest
 from backend.push import Pushed, push, write_for_storage
 from backend.service import Service
 from backend.settings import Settings
-from backend.stores import _files_of
 from demo.label_studio import LabelStudioServer
+from tests.small_s3 import s3_server
 
 from .fakes import BrightSegmenter, bright_image
 from .small_server import Answer, Asked, SmallServer, as_json
@@ -337,11 +337,8 @@ def test_files_for_a_cloud_storage_stay_as_they_are(tmp_path: Path) -> None:
 class Bucket:
     """The bucket ``towns`` of an S3 server on this machine, and what Label Studio needs to be told of it."""
 
-    def __init__(self, endpoint: str) -> None:
-        import boto3
-
-        self.endpoint = endpoint
-        self.client = boto3.client("s3", endpoint_url=endpoint)
+    def __init__(self, endpoint: str, client: Any) -> None:
+        self.endpoint, self.client = endpoint, client
         self.client.create_bucket(Bucket="towns")
 
     def keys(self, prefix: str) -> list[str]:
@@ -368,24 +365,8 @@ class Bucket:
 
 @pytest.fixture
 def bucket() -> Iterator[Bucket]:
-    pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_S3_ENDPOINT": f"{host}:{port}",
-            "AWS_HTTPS": "NO", "AWS_VIRTUAL_HOSTING": "FALSE", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        _files_of.cache_clear()
-        made = Bucket(f"http://{host}:{port}")
-        yield made
-        made.client.close()
-    _files_of.cache_clear()
-    server.stop()
+    with s3_server() as (endpoint, client):
+        yield Bucket(endpoint, client)
 
 
 def test_task_files_go_to_a_bucket_by_one_command_and_only_once(bucket: Bucket, tmp_path: Path) -> None:

@@ -22,15 +22,16 @@ import pytest
 from typer.testing import CliRunner
 
 from backend import cli
-from backend.errors import BadRequest, BadWeights, UnknownVersion
+from backend.errors import BadRequest, BadWeights, RegistryError, UnknownVersion
 from backend.judging import Comparison, Judgement, LabelJudgement
 from backend.predictor import Predictor
 from backend.problems import Problems
 from backend.registry import Registry
 from backend.server import create_app
 from backend.service import PredictRequest, Service
-from backend.settings import Settings
+from backend.settings import BadSettings, Settings
 from tests.fakes import BrightSegmenter, bright_image
+from tests.small_s3 import s3_server
 
 CONFIG = """<View><Image name="image" value="$image"/>
 <PolygonLabels name="polygon" toName="image"><Label value="Building"/></PolygonLabels></View>"""
@@ -262,7 +263,7 @@ import os, signal, sys
 from pathlib import Path
 from backend.registry import Registry
 from backend.server import create_app
-from backend.settings import Settings
+from backend.settings import BadSettings, Settings
 
 registry = Registry(Settings(data_dir=Path(sys.argv[1])))
 registry._client.set_registered_model_alias = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -315,6 +316,36 @@ def test_another_machine_gets_the_weights_from_mlflow(tmp_path: Path, settings: 
     with serving(server) as predictor:
         assert predictor.version("17.5") == "m-1"
     assert Registry(server).champions()["17.5"].heads_path.read_bytes() == b"m-1"
+
+
+def test_another_machine_gets_the_weights_from_a_bucket(tmp_path: Path, settings: Settings):
+    uri = f"sqlite:///{settings.model_dir.absolute() / 'mlflow.db'}"
+    with s3_server() as (_, client):
+        client.create_bucket(Bucket="weights")
+        maker, server = (
+            Settings(data_dir=tmp_path / name, mlflow_tracking_uri=uri, artifacts="s3://weights/may/")
+            for name in ("maker", "server")
+        )
+        publish(Registry(maker), "18.5", "b-1", tmp_path)
+        with serving(server) as predictor:
+            assert predictor.version("18.5") == "b-1"
+        assert Registry(server).champions()["18.5"].heads_path.read_bytes() == b"b-1"
+        # What changed on its way is not loaded, and what cannot be kept is not published.
+        client.put_object(Bucket="weights", Key="may/b-1/heads.safetensors", Body=b"b-2")
+        late = Registry(Settings(data_dir=tmp_path / "late", mlflow_tracking_uri=uri, artifacts=maker.artifacts))
+        version = late.champions()["18.5"]
+        late.obtain(version)
+        with pytest.raises(BadWeights, match="damaged"):
+            version.check()
+        nowhere = Settings(data_dir=tmp_path / "maker", mlflow_tracking_uri=uri, artifacts="s3://no-such-bucket")
+        with pytest.raises(RegistryError, match="GEOPRELABEL_ARTIFACTS"):
+            publish(Registry(nowhere), "18.5", "b-3", tmp_path)
+        assert [v.name for v in Registry(maker).versions("18.5")] == ["b-1"]
+
+
+def test_an_address_for_weights_that_is_none_is_refused_at_once():
+    with pytest.raises(BadSettings, match="s3://bucket"):
+        Settings.from_environment(artifacts="ftp://weights")
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

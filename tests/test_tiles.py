@@ -34,6 +34,7 @@ from backend.settings import BadSettings, Settings
 from backend.stores import Bucket, Folder, Store, store_at
 from backend.tiles import SceneTiles
 from demo.label_studio import free_port
+from tests.small_s3 import s3_server
 
 PLACE = Affine(0.5, 0, 354_000, 0, -0.5, 3_057_000)
 SMALL = IngestOptions(tile_size=64, overlap=16)
@@ -305,26 +306,11 @@ def test_signed_tiles_need_their_own_signature(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def s3() -> Iterator[Any]:
     """A client of an S3 server on this machine, with the bucket ``town``; the environment says where it is."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_S3_ENDPOINT": f"{host}:{port}",
-        "AWS_HTTPS": "NO", "AWS_VIRTUAL_HOSTING": "FALSE", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-    client.create_bucket(Bucket="town")
-    yield client
-    patch.undo()
-    server.stop()
+    with s3_server() as (_, client):
+        client.create_bucket(Bucket="town")
+        yield client
 
 
 def test_tiles_go_to_a_bucket_and_are_read_back_through_the_prefix(tmp_path: Path, s3: Any) -> None:
