@@ -151,7 +151,7 @@ def dask_of_two(folder: Path, *workers: str) -> Iterator[tuple[str, subprocess.P
 
 
 CLIENT = """
-import sys
+import signal, sys
 from pathlib import Path
 from backend import cli, cluster
 from backend.bulk import predict_to_file
@@ -163,6 +163,8 @@ def run(address, resources, out, log, gate):
             return cluster.over_tasks(client, doubled, some, resources=cluster.resources_of(resources))
         predict_to_file(lambda: tasks, Path(out), predict, fingerprint="v1")
 if __name__ == "__main__":
+    # Who is started in the background ignores Ctrl-C, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.app = lambda: run(*sys.argv[1:])
     cli.main()
 """
