@@ -234,11 +234,15 @@ def test_a_client_or_scheduler_that_is_killed_repeats_at_most_what_was_in_flight
     client.check(most=40 + 2 * 4)
 
 
-def is_alive_in(stat: Path, group: int) -> bool:
-    with contextlib.suppress(OSError):
-        state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
-        return int(of_group) == group and state != "Z"
-    return False
+def alive_in(group: int) -> list[str]:
+    """Command lines of the group's processes that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["processes", "pool"])
@@ -256,8 +260,10 @@ def test_ctrl_c_ends_all_of_a_run_with_one_sentence_and_the_next_goes_on(tmp_pat
             said = process.communicate(timeout=180)[1].decode()
             assert process.returncode == 130, said
             assert " ".join(said.split()) == "error: interrupted; run the command again to go on"
-            # Whoever is init here has the last word on processes that have ended.
-            group = [path for path in Path("/proc").glob("[0-9]*/stat") if is_alive_in(path, process.pid)]
+            # What they leave to be tidied by a process of Python's own, that one tidies once they are gone.
+            until_s = time.monotonic() + 60
+            while (group := alive_in(process.pid)) and time.monotonic() < until_s:
+                time.sleep(0.05)
             assert group == []
         assert not client.out.exists()
         for lines in client.out.with_name("p.json.blocks").glob("*.jsonl"):
