@@ -576,9 +576,9 @@ class _Reader:
         is_odd = np.ones(len(plain), bool)
         is_odd[ring_at] = False
         for number in np.flatnonzero(is_odd).tolist():
-            source, identity = sources[of_source[number]], plain[number].id
-            result = [result for result in drawn.results_of(source.annotation) if result["id"] == identity]
-            careful += [(number, one) for one in self._careful(source, {**source.annotation, "result": result})]
+            source = sources[of_source[number]]
+            result = source.results[plain[number].id]
+            careful += [(number, one) for one in self._careful(source, {**source.annotation, "result": [result]})]
         self._tally.regions += len(ring_at)
         rows = [
             self._ring_rows(scene, rings, [plain[number] for number in ring_at.tolist()], sources, of_source[ring_at]),
