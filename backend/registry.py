@@ -257,12 +257,14 @@ class Registry:
         _copy_whole(heads, folder / HEADS_FILE)
         source = folder.as_uri()
         if self._artifacts:
-            source = f"{self._artifacts}/{folder.name}/{HEADS_FILE}"
             try:
                 store_at(self._artifacts).put(f"{folder.name}/{HEADS_FILE}", heads.read_bytes())
             except BadScene as error:
                 raise RegistryError(f"the weights of {name} cannot be kept (GEOPRELABEL_ARTIFACTS): {error}") from error
+        if "://" in self._artifacts:
+            source = f"{self._artifacts}/{folder.name}/{HEADS_FILE}"
         elif not self._is_local and run_id:
+            # A server of MLflow's takes no folder of another machine for a source.
             self._client.log_artifact(run_id, str(heads.absolute()))
             source = f"{self._client.get_run(run_id).info.artifact_uri}/{heads.name}"
         model_name = _model_name(project)
