@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from .bulk import Failed, Json, PredictMany, Task
@@ -62,6 +63,9 @@ _CACHE_MB = 32
 
 _SCENE_CACHE_BYTES = 128 * 2**20
 """Of GDAL's blocks, where tiles are made on demand: the next row of tiles needs some of this one's again."""
+
+_interrupted = threading.Event()
+"""Ctrl-C was typed. Python drops what an interrupt raises inside a ``__del__``, and the futures of Dask have one."""
 
 _LOOK_EVERY_S = 2.0
 _LOOK_AT_TRAINING_S = 0.2
@@ -185,7 +189,7 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.CRITICAL,
             )
-        with made as cluster, Client(cluster, set_as_default=False) as client:
+        with _interrupts_noted(), made as cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
 
@@ -207,7 +211,7 @@ def remote(address: str) -> Iterator[Client]:
         raise NoScheduler(
             f"no Dask scheduler answers at {address} within {_CONNECT_S:.0f} s; is it running (dask scheduler)?"
         ) from error
-    with client:
+    with _interrupts_noted(), client:
         yield client
 
 
@@ -537,8 +541,30 @@ def _held_mb(pid: int) -> float:
 # --- On this side ---
 
 
+@contextmanager
+def _interrupts_noted() -> Iterator[None]:
+    """As long as it lasts, an interrupt that is dropped where it comes up is raised once more by the next wait."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, noted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _interrupted.clear()
+
+
 def _next(done: queue.SimpleQueue[Future[Any]], client: Client, address: str) -> Future[Any]:
     while True:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
         with suppress(queue.Empty):
             return done.get(timeout=_LOOK_EVERY_S)
         if client.status != "running":

@@ -13,8 +13,11 @@ from backend.cluster import Refused
 
 
 def doubled(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Twice the task's ``n``, unless its ``kind`` is another; below ``gate``'s number only, and noted in ``log``."""
-    while "gate" in task and int(Path(task["gate"]).read_text() or 0) <= task["n"]:
+    """Twice the task's ``n``, unless its ``kind`` is another; noted in ``log``, while that has fewer than ``gate``.
+
+    By how many are noted, not by ``n``: a worker need not take tasks in their order.
+    """
+    while "gate" in task and int(Path(task["gate"]).read_text() or 0) <= _lines(task["log"]):
         time.sleep(0.02)
     if "log" in task:
         with open(task["log"], "a") as log:
@@ -30,6 +33,10 @@ def doubled(task: Mapping[str, Any]) -> dict[str, Any]:
         case "hides":
             raise Refused("another model")
     return {"result": [{"id": str(task["n"])}], "twice": 2 * task["n"]}
+
+
+def _lines(file: str) -> int:
+    return len(Path(file).read_text().split()) if Path(file).exists() else 0
 
 
 def set_environment(values: Mapping[str, str]) -> None:

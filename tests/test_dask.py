@@ -227,7 +227,7 @@ def test_a_client_or_scheduler_that_is_killed_repeats_at_most_what_was_in_flight
             scheduler.kill()
             assert b"is gone; once it runs again" in process.communicate(timeout=180)[1]
             assert process.returncode == 1
-    client.let(40)
+    client.let(sys.maxsize)
     with dask_of_two(tmp_path) as (address, _), Client(tmp_path, address).start() as process:
         assert process.wait(180) == 0, process.stderr.read() if process.stderr else ""
     # One worker has one thread: four are on their way at a time.
@@ -268,12 +268,36 @@ def test_ctrl_c_ends_all_of_a_run_with_one_sentence_and_the_next_goes_on(tmp_pat
         assert not client.out.exists()
         for lines in client.out.with_name("p.json.blocks").glob("*.jsonl"):
             assert all("prediction" in json.loads(line) for line in lines.read_text().split("\n") if line)
-        client.let(40)
+        client.let(sys.maxsize)
         with client.start() as process:
             assert process.wait(180) == 0, process.stderr.read() if process.stderr else ""
     # Two threads at most, two tasks of each on their way and two more.
     client.check(most=40 + 6)
     assert not client.out.with_name("p.json.blocks").exists()
+
+
+class Interrupting:
+    """Ctrl-C while it is taken down, where Python drops the exception."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(client: Any, monkeypatch: pytest.MonkeyPatch):
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_type))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with cluster._interrupts_noted():
+            results = over_tasks(client, doubled, tasks_of(30))
+            next(results)
+            Interrupting()
+            assert dropped == [KeyboardInterrupt]
+            with pytest.raises(KeyboardInterrupt):
+                list(results)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- Training ---
