@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from affine import Affine
 
-from .cutting import Work, cut
+from .cutting import Cut, Work, cut
 from .errors import BadScene
 from .manifest import Manifest
 from .mosaics import mosaic
@@ -168,27 +168,16 @@ def ingest(
         whole_text(out / "tasks.json") as file,
         Manifest(listed) as manifest,
     ):
-        file.write("[")
+        lists = _Lists(file, manifest, counts)
         for number, source in enumerate(found):
             try:
                 kept_in = out / "scenes" / f"{source.name}.mosaic" if is_dynamic else None
                 with _scene_of(source, options, kept_in) as scene:
-                    cutting = _Cutting(scene, source.name, options, f"{at}/{source.name}", prelabels, secret)
-                    if aoi:
-                        cutting.area, _ = outlines_on(aoi, cutting.placed("--aoi"))
-                    if prelabels:
-                        cutting.outlines, reasons = outlines_on(
-                            prelabels.path, cutting.placed("--prelabels"), prelabels
-                        )
-                        left_out.update(reasons)
+                    cutting = _Cutting(scene, source.name, options, f"{at}/{source.name}", aoi, prelabels, secret)
+                    left_out.update(cutting.left_out)
                     jobs = cutting.jobs(_kept_tiles(store, source.name, cutting.tiles, options), counts)
                     for job, made in cut(cutting.tiles, None if is_dynamic else store, jobs, workers=workers):
-                        counts.update([made.what])
-                        if made.what != "empty":
-                            tile, task, outlines = cutting.task(job)
-                            file.write(("," if counts["tiles"] else "") + "\n" + task)
-                            counts.update({"tiles": 1, "prelabels": outlines})
-                            manifest.append(tile, job.name.removeprefix(f"{source.name}/"), made.nodata_share)
+                        lists.add(cutting, job, made)
                         if progress:
                             message = f"cutting {source.name}, {counts['tiles']} tiles"
                             progress((number + cutting.done(job)) / len(found), message)
@@ -201,7 +190,7 @@ def ingest(
                     raise
                 refused[source.shown] = str(error)
                 log.warning("%s", error)
-        file.write("\n]\n")
+        lists.close()
         if not counts["tiles"]:
             raise BadScene(next(iter(refused.values()), "") or _why_nothing(found, aoi, counts))
     return IngestReport(
@@ -240,7 +229,14 @@ class _Cutting:
     """How one scene is cut, and what its tasks say."""
 
     def __init__(
-        self, scene: Scene, name: str, options: IngestOptions, address: str, labelled: Labelled | None, secret: str
+        self,
+        scene: Scene,
+        name: str,
+        options: IngestOptions,
+        address: str,
+        aoi: Path | None,
+        labelled: Labelled | None,
+        secret: str,
     ) -> None:
         self.scene, self.name, self.address, self.labelled, self.secret = scene, name, address, labelled, secret
         self.image_key = options.image_key
@@ -248,11 +244,17 @@ class _Cutting:
         overlap = 0 if is_xyz else options.overlap
         self.tiles = TileSet(scene, options.tile_size, overlap, options.format, options.quality, is_xyz)
         self.stretch = scene.stretch.to_record(scene.bands)
+        self._columns = len(self.tiles.columns)
         self.area: Outlines | None = None
         self.outlines: Outlines | None = None
-        self._columns = len(self.tiles.columns)
+        self.left_out: Counter[str] = Counter()
+        if aoi:
+            self.area, _ = outlines_on(aoi, self._placed("--aoi"))
+        if labelled:
+            self.outlines, left_out = outlines_on(labelled.path, self._placed("--prelabels"), labelled)
+            self.left_out.update(left_out)
 
-    def placed(self, wanted_for: str) -> Tile:
+    def _placed(self, wanted_for: str) -> Tile:
         """The whole scene as a tile. Raises BadScene where it has no place on Earth."""
         if self.scene.crs is None:
             raise BadScene(f"{self.name} has no place on Earth, so {wanted_for} cannot be laid over it")
@@ -299,6 +301,26 @@ class _Cutting:
         column, row = spot.window[:2]
         tile = replace(tile, crs=self.scene.crs, transform=self.scene.transform @ Affine.translation(column, row))
         return replace(tile, gsd_m=round(tile.ground_size_m(), 6))
+
+
+class _Lists:
+    """What is said of each tile: ``tasks.json``, the manifest and the counts, as they grow."""
+
+    def __init__(self, file: IO[str], manifest: Manifest, counts: Counter[str]) -> None:
+        self._file, self._manifest, self._counts = file, manifest, counts
+        file.write("[")
+
+    def add(self, cutting: _Cutting, job: Work, made: Cut) -> None:
+        self._counts.update([made.what])
+        if made.what == "empty":
+            return
+        tile, task, outlines = cutting.task(job)
+        self._file.write(("," if self._counts["tiles"] else "") + "\n" + task)
+        self._counts.update({"tiles": 1, "prelabels": outlines})
+        self._manifest.append(tile, job.name.removeprefix(f"{cutting.name}/"), made.nodata_share)
+
+    def close(self) -> None:
+        self._file.write("\n]\n")
 
 
 def _kept_tiles(store: Store, name: str, tiles: TileSet, options: IngestOptions) -> frozenset[str]:
