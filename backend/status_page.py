@@ -85,7 +85,7 @@ def _load(facts: Mapping[str, Any]) -> str:
 def _untrained(labels: Mapping[str, Sequence[str]]) -> str:
     if not labels:
         return ""
-    rows = [(escape(project), escape(", ".join(names))) for project, names in labels.items()]
+    rows = [(_project(project), escape(", ".join(names))) for project, names in labels.items()]
     return (
         "<h2>Labels that nothing knows yet</h2><p class=quiet>Clicks and boxes work; pre-labels come once annotations"
         " of them have trained a model.</p>" + _table(("Project", "Labels"), rows)
@@ -100,7 +100,7 @@ def _training(runs: Mapping[str, Mapping[str, Any]]) -> str:
         bar = f"<progress value={run['progress']:.2f}></progress>" if run["state"] in ("waiting", "training") else ""
         mark = " class=bad" if run["state"] == "failed" else ""
         rows.append(
-            (escape(project), f"<span{mark}>{escape(run['state'])}</span> {bar}", escape(run["message"]),
+            (_project(project), f"<span{mark}>{escape(run['state'])}</span> {bar}", escape(run["message"]),
              _ago(run["finished"] or run["started"]), _span(run["duration_s"]), str(run["changes_since"]))
         )  # fmt: skip
     return _table(("Project", "State", "Message", "When", "Took", "Changes since"), rows)
@@ -110,7 +110,7 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
     if not versions:
         return "<p class=quiet>Only the shipped model.</p>"
     rows = [
-        (escape(v["project"]), ("<b class=ok>live</b> " if v["live"] else "") + escape(v["name"]),
+        (_project(v["project"]), ("<b class=ok>live</b> " if v["live"] else "") + escape(v["name"]),
          escape(v["created"][:16].replace("T", " ")), escape(v["note"]))
         for v in versions
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def _acceptance(projects: Mapping[str, Mapping[str, Any]]) -> str:
             for v in reversed(facts["versions"])
         ]  # fmt: skip
         parts.append(
-            f"<h3>Project {escape(project.split('.')[0])}</h3>"
+            f"<h3>Project {_project(project)}</h3>"
             + _curves("Pre-labels submitted unchanged", facts, "unchanged_rate", 1.0, styles)
             + _curves("Edit distance", facts, "edit_distance", None, styles)
             + _table(head, rows)
@@ -196,13 +196,18 @@ def _findings(findings: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) 
     if not findings:
         return "<p class=quiet>None. Annotations are checked each time they are saved.</p>"
     rows = [
-        (_ago(f["when"]), escape(f["project"].split(".")[0]), _linked(str(f["task"]), f["url"]), str(f["annotation"]),
+        (_ago(f["when"]), _project(f["project"]), _linked(str(f["task"]), f["url"]), str(f["annotation"]),
          escape(f["region"]), escape(f["reason"]), escape(f["message"]))
         for f in findings
     ]  # fmt: skip
     summary = ", ".join(f"{count} × {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
     head = ("When", "Project", "Task", "Annotation", "Region", "Reason", "What, and the way out")
     return f"<p class=quiet>{escape(summary)}</p>" + _table(head, rows)
+
+
+def _project(key: str) -> str:
+    """Its number, as Label Studio shows it; the key, which tells it from one of another Label Studio, as a hint."""
+    return f'<span title="{escape(key)}">{escape(key.split(".")[0])}</span>'
 
 
 def _linked(text: str, url: str | None) -> str:
