@@ -1,10 +1,11 @@
 """Which of two models serves a project better: both are asked for the same tiles, which neither learned from.
 
-Tiles are held out by blocks of neighbours, since the next tile shows the same roofs and often the same house. What is
-judged is what annotators get: polygons as they are served, and clicks as a person would set them. A difference counts
-where it holds for nine in ten samples drawn again from the judged tiles (paired bootstrap, Efron 1979), and with few
-tiles for more: the interval is widened as a t-interval is (Hesterberg, "What Teachers Should Know About the Bootstrap",
-2015, section 4.4).
+Tiles are held out by blocks of neighbours, since the next tile shows the same roofs and often the same house. Of few
+tiles each is left out once: heads that know nothing of it are judged on it, and in the end it is learned from
+(cross-validation, Stone 1974). What is judged is what annotators get: polygons as they are served, and clicks as a
+person would set them. A difference counts where it holds for nine in ten samples drawn again from the judged tiles
+(paired bootstrap, Efron 1979), and with few tiles for more: the interval is widened as a t-interval is (Hesterberg,
+"What Teachers Should Know About the Bootstrap", 2015, section 4.4).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
@@ -30,7 +32,7 @@ from .tile import Region
 from .vectorize import VectorizeOptions
 
 if TYPE_CHECKING:
-    from .training import Example  # brings torch in
+    from .training import Example, Fold  # brings torch in
 
 JUDGED_SHARE = 0.25
 """Share of the blocks that is held out."""
@@ -40,6 +42,10 @@ LEAST_JUDGED = 4
 
 MOST_JUDGED = 60
 """Tiles to judge by, at most: enough to see a small gain, and both models need a minute or two for them."""
+
+ENOUGH_HELD_OUT = 10
+"""With fewer tiles held out, a gain that annotators feel is often not sure; then all are learned from, and all that the
+live version has not learned from are judged by, in turn."""
 
 LEAST_LEARNED = 4
 """Tiles to learn from where others are held out, at least."""
@@ -78,10 +84,13 @@ class Split:
     why_not: str = ""
     """Why nothing can be judged, in words."""
 
+    in_turn: bool = False
+    """Whether the tiles to judge by are learned from too: in the end, and judged by heads that know nothing of them."""
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The blocks held out, by `block_id`."""
-        return _blocks(self.judge)
+        return () if self.in_turn else _blocks(self.judge)
 
     @property
     def learned_blocks(self) -> tuple[str, ...]:
@@ -98,13 +107,30 @@ def split(
 ) -> Split:
     """About a quarter of the tiles to judge by, in whole blocks and `MOST_JUDGED` at most, and the rest to learn from.
 
-    A block's own name decides, so blocks that come later change nothing for those there are. Where that holds out too
-    few tiles, further blocks are taken in the order of their names' hashes; ``held_before`` has those of earlier
-    runs (`Split.blocks`), which stay held out. What the live version learned from, ``learned_before``, is held out
-    where there is nothing else only, and a block that alone has outlines of a label never is.
+    A block's own name decides, so blocks that come later change nothing for those there are; ``held_before`` has those
+    of earlier runs (`Split.blocks`), which stay held out. Where that holds out fewer than `ENOUGH_HELD_OUT` and none
+    was before, all are learned from, and those that the live version has not learned from, ``learned_before``, are
+    judged in turn. Where it has learned from nearly all, some of them are held out nevertheless, which favours it. A
+    block that alone has outlines of a label never is.
     """
+    if not any(example.regions for example in examples):
+        return Split(tuple(examples), (), f"nothing is outlined on the {len(examples)} tiles to judge it by")
     tiles = Counter(example.place for example in examples)
     held = {place for place in tiles if block_id(place) in held_before}
+    parted = _parted(examples, tiles, held, learned_before)
+    if not held and len(parted.judge) < ENOUGH_HELD_OUT and len(tiles) > 1:
+        fresh = [example for example in examples if block_id(example.place) not in learned_before]
+        judge = sorted(fresh, key=lambda example: block_id(example.place))[:MOST_JUDGED]
+        if len(judge) >= LEAST_JUDGED and any(example.regions for example in judge):
+            return Split(tuple(examples), tuple(judge), in_turn=True)
+    return parted
+
+
+def _parted(
+    examples: Sequence[Example], tiles: Mapping[str, int], held_before: Collection[str], learned_before: Collection[str]
+) -> Split:
+    """Some places, those of ``held_before`` among them, to judge by alone."""
+    held = set(held_before)
 
     def judged_tiles() -> int:
         return sum(tiles[place] for place in held)
@@ -123,17 +149,29 @@ def split(
     judge = tuple(example for example in examples if example.place in held)
     learn = tuple(example for example in examples if example.place not in held)
     if len(judge) < LEAST_JUDGED or len(learn) < LEAST_LEARNED:
-        least = LEAST_JUDGED + LEAST_LEARNED
-        why_not = (
-            f"{len(examples)} tiles are too few to judge it by, {least} are needed"
-            if len(examples) < least
-            else f"the {len(examples)} tiles lie in {len(tiles)} blocks of neighbours and cannot be parted into some to"
-            f" learn from and {LEAST_JUDGED} to judge it by"
-        )
+        if len(examples) < LEAST_JUDGED:
+            why_not = f"{len(examples)} tiles are too few to judge it by, {LEAST_JUDGED} are needed"
+        elif len(tiles) == 1:
+            why_not = f"the {len(examples)} tiles lie in one block of neighbours, and judging it needs two"
+        else:
+            why_not = (
+                f"the {len(examples)} tiles in {len(tiles)} blocks of neighbours are too few to judge it by, since the"
+                f" live version learned from most of them; {LEAST_JUDGED} others are needed"
+            )
         return Split(tuple(examples), (), why_not)
     if not any(example.regions for example in judge):
         return Split(tuple(examples), (), f"nothing is outlined on the {len(judge)} tiles to judge it by")
     return Split(learn, judge)
+
+
+def challengers(
+    parts: Split, new: Segmenter, folds: Sequence[Fold], load: Callable[[Path], Segmenter]
+) -> list[tuple[Segmenter, list[Example]]]:
+    """Who is judged by which tiles: the new version, or in turn what each of its `training.Fold` knows."""
+    if not parts.in_turn:
+        return [(new, list(parts.judge))] if parts.judge else []
+    tiles = [[parts.learn[number] for number in fold.tiles if parts.learn[number] in parts.judge] for fold in folds]
+    return [(load(fold.heads), own) for fold, own in zip(folds, tiles, strict=True) if own]
 
 
 def block_id(place: str) -> str:
@@ -254,6 +292,9 @@ class Judgement:
     clicks_differ: bool
     """False where both models answer clicks alike, so that one of them was measured."""
 
+    in_turn: bool = False
+    """Whether each tile was judged by heads that know nothing of it, and learned from in the end."""
+
 
 def verdict(judged: Judgement) -> tuple[bool, str]:
     """Whether the new model is surely better, and why, in words.
@@ -266,7 +307,8 @@ def verdict(judged: Judgement) -> tuple[bool, str]:
     if judged.clicks and judged.clicks_differ:
         figures.append((f"clicks to IoU {ENOUGH_IOU:g}", judged.clicks))
     single = [(f"F1@0.5 of {label}", one.f1) for label, one in judged.labels.items()] if len(judged.labels) > 1 else []
-    where = f"on {judged.tiles} held-out tiles with {judged.objects} objects"
+    where = f"on {judged.tiles} {'tiles left out in turn' if judged.in_turn else 'held-out tiles'}"
+    where += f" with {judged.objects} objects"
     worse = [f"{name} {figure}" for name, figure in (*figures, *single) if figure.is_worse]
     if worse:
         return False, f"worse {where}: {'; '.join(worse)}"
@@ -284,8 +326,7 @@ def verdict(judged: Judgement) -> tuple[bool, str]:
 
 def judge(
     champion: Segmenter,
-    challenger: Segmenter,
-    examples: Sequence[Example],
+    challengers: Sequence[tuple[Segmenter, Sequence[Example]]],
     labels: Sequence[str],
     *,
     min_score: float,
@@ -294,18 +335,19 @@ def judge(
 ) -> Judgement:
     """Ask both models for the tiles, which come with their image or with features that fit both, and compare.
 
+    A challenger is asked for its own tiles: one for all, or of several each for those that it knows nothing of.
     ``labels`` are the classes in question, matched without regard to case; polygons below ``min_score`` are left out,
     as they are where they are served. The same tiles and seed give the same figures.
     """
     tell = progress or (lambda done, words: None)
     labels = list({label.casefold(): label for label in labels}.values())
-    tallies = []
-    for number, (name, model) in enumerate((("the live version", champion), ("the new version", challenger))):
-        tell(0.4 * number, f"judging {name}")
-        tallies.append(_tally(model, examples, labels, min_score))
-    before, after = tallies
+    examples = [example for _, own in challengers for example in own]
+    tell(0.0, "judging the live version")
+    before = _tally([(champion, examples)], labels, min_score)
+    tell(0.4, "judging the new version")
+    after = _tally(challengers, labels, min_score)
     tell(0.8, "judging clicks")
-    clicks, clicks_differ = _compared_clicks(champion, challenger, examples, labels, seed)
+    clicks, clicks_differ = _compared_clicks(champion, challengers, labels, seed)
     blocks = [example.place for example in examples]
     return Judgement(
         tiles=len(examples),
@@ -326,6 +368,7 @@ def judge(
         calibration_error=(before.calibration_error, after.calibration_error),
         clicks=clicks,
         clicks_differ=clicks_differ,
+        in_turn=len(challengers) > 1,
     )
 
 
@@ -383,14 +426,15 @@ class _Tally:
     calibration_error: float | None
 
 
-def _tally(model: Segmenter, examples: Sequence[Example], labels: Sequence[str], min_score: float) -> _Tally:
+def _tally(asked: Sequence[tuple[Segmenter, Sequence[Example]]], labels: Sequence[str], min_score: float) -> _Tally:
     number_of = {label.casefold(): number for number, label in enumerate(labels)}
-    known = {name: name.casefold() for name in model.labels if name.casefold() in number_of}
-    counts = np.zeros((len(examples), len(number_of), 5))
+    listed = [(model, example) for model, examples in asked for example in examples]
+    counts = np.zeros((len(listed), len(number_of), 5))
     ious: list[float] = []
     scores: list[float] = []
     hits: list[bool] = []
-    for tile, example in enumerate(examples):
+    for tile, (model, example) in enumerate(listed):
+        known = {name: name.casefold() for name in model.labels if name.casefold() in number_of}
         options = pre_label_options(example.gsd_m)
         (seen,) = embedded(model, [example], labels)
         regions = _served(model, seen, known, labels, options, min_score)
@@ -401,12 +445,12 @@ def _tally(model: Segmenter, examples: Sequence[Example], labels: Sequence[str],
             if outline.area >= options.min_area_px and label.casefold() in number_of
         ]
         pairs = overlaps(found, true).pairs()
-        for kind, listed in enumerate(([found[i] for i, _, _ in pairs], found, true)):
-            for label, _ in listed:
+        for kind, shapes in enumerate(([found[i] for i, _, _ in pairs], found, true)):
+            for label, _ in shapes:
                 counts[tile, number_of[label], kind] += 1
         for label, number in number_of.items():
             here, there = (
-                shapely.union_all([shape for name, shape in listed if name == label]) for listed in (found, true)
+                shapely.union_all([shape for name, shape in shapes if name == label]) for shapes in (found, true)
             )
             counts[tile, number, 3:] = here.intersection(there).area, here.union(there).area
         ious += [iou for _, _, iou in pairs]
@@ -506,11 +550,15 @@ def iou(one: BoolArray, other: BoolArray) -> float:
 
 
 def _compared_clicks(
-    champion: Segmenter, challenger: Segmenter, examples: Sequence[Example], labels: Collection[str], seed: int
+    champion: Segmenter,
+    challengers: Sequence[tuple[Segmenter, Sequence[Example]]],
+    labels: Collection[str],
+    seed: int,
 ) -> tuple[Comparison | None, bool]:
     """Clicks that both models need for the same objects, and whether the models differ in that at all."""
     objects = [
-        (example, outline)
+        (challenger, example, outline)
+        for challenger, examples in challengers
         for example in examples
         for _, outline in example.regions
         if outline.area >= LEAST_CLICKED_PX and _is_whole(outline, _image_hw(example))
@@ -519,16 +567,24 @@ def _compared_clicks(
     objects = [objects[number] for number in picked]
     if not objects:
         return None, False
-    truths = [vectorize.rasterize([outline], *_image_hw(example)) for example, outline in objects]
-    seen = [embedded(model, [example for example, _ in objects], labels) for model in (champion, challenger)]
-    first = [Click(*deepest(truth)[:2], is_on=True) for truth in truths[:3]]
+    truths = [vectorize.rasterize([outline], *_image_hw(example)) for _, example, outline in objects]
+
+    def answered(model: Segmenter, number: int) -> Callable[[Sequence[Click]], NDArray[np.float32]]:
+        (seen,) = embedded(model, [objects[number][1]], labels)
+        return lambda clicks: _answer(model, seen, clicks)
+
+    first = [[Click(*deepest(truth)[:2], is_on=True)] for truth in truths[:3]]
     differ = not all(
-        np.array_equal(_answer(champion, one, [click]), _answer(challenger, other, [click]))
-        for click, one, other in zip(first, *seen, strict=False)
+        np.array_equal(answered(champion, number)(clicks), answered(objects[number][0], number)(clicks))
+        for number, clicks in enumerate(first)
     )
+    models = [[champion] * len(objects), *([[challenger for challenger, *_ in objects]] if differ else [])]
     needed = [
-        [_clicks_needed(model, example, truth) for example, truth in zip(tiles, truths, strict=True)]
-        for model, tiles in zip((champion, challenger) if differ else (champion,), seen, strict=False)
+        [
+            _clicks_needed(answered(model, number), truth)
+            for number, (model, truth) in enumerate(zip(own, truths, strict=True))
+        ]
+        for own in models
     ]
     before, after = (
         np.column_stack([counts, np.ones(len(counts))]).astype(float) for counts in (needed[0], needed[-1])
@@ -544,11 +600,9 @@ def _answer(model: Segmenter, example: Example, clicks: Sequence[Click]) -> NDAr
     return np.asarray(model.segment(_embedding(example), prompts).probabilities[0])
 
 
-def _clicks_needed(model: Segmenter, example: Example, truth: BoolArray) -> int:
+def _clicks_needed(answer: Callable[[Sequence[Click]], NDArray[np.float32]], truth: BoolArray) -> int:
     """Clicks to `ENOUGH_IOU`; `MOST_CLICKS` where it is not reached."""
-    series = clicked_through(
-        lambda clicks: _answer(model, example, clicks) > 0.5, truth, most=MOST_CLICKS, enough=ENOUGH_IOU
-    )
+    series = clicked_through(lambda clicks: answer(clicks) > 0.5, truth, most=MOST_CLICKS, enough=ENOUGH_IOU)
     return next((number for number, (_, value) in enumerate(series, 1) if value >= ENOUGH_IOU), MOST_CLICKS)
 
 

@@ -5,7 +5,8 @@ reads what a segmenter keeps of a tile, or, where the segmenter is `Deep`, what 
 tiles are read once and learned from many times, turned and mirrored. Each tile is left out once, with its neighbours,
 and judged by a head that has not learned from it (cross-fitting). That shows how far a shipped head should follow, and
 what a changed head's candidates are worth: the scoring that goes with it is fitted on them, with the shipped scoring as
-what is believed beforehand. The head itself then learns from all tiles.
+what is believed beforehand. The head itself then learns from all tiles. What the tiles outside a fold teach, these two
+choices included, can be kept, so that few tiles are both learned from and judged by.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 Scoring = tuple[float, ...]
 Head = TypeVar("Head", bound=nn.Module)
+
+_Candidates = tuple[FloatArray, NDArray[np.bool_]]
+"""Features of a tile's candidates, (N, K), and whether each lies on an object as it should, (N,)."""
 
 LEAST_TILES_TO_HOLD_OUT = 4
 """With fewer tiles none is left out: the head is trained to the end, and scored as the shipped ones are."""
@@ -66,7 +70,7 @@ of the tiles, what heads learned from the other half stops rising long before a 
 _RATES_FROM_SHIPPED, _RATES_FROM_NOTHING = (2e-3, 2e-3), (3e-3, 1e-3)
 """Learning rates of a head and of the pyramid below it, which is never from nothing."""
 
-_WARM_UP_STEPS = 10
+_WARM_UP_STEPS, _BETAS, _DECAY = 10, (0.9, 0.999), 1e-3
 _AVERAGED = 0.08
 """How fast the head that is kept follows the one that is trained. A single step's head is now surer, now less sure of
 all it sees, and what the candidates of one are worth would say little of another's."""
@@ -212,6 +216,18 @@ class LabelReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """Tiles that were left out together."""
+
+    tiles: tuple[int, ...]
+    """Their numbers among the examples."""
+
+    heads: Path
+    """Heads and scoring that know nothing of these tiles, those of labels that cannot be learned without them missing.
+    As they know of fewer tiles than what was learned at last, they are rather worse."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingReport:
     """What a run learned from and how well."""
 
@@ -227,6 +243,8 @@ class TrainingReport:
     with too few tiles."""
 
     seconds: float
+    folds: tuple[Fold, ...] = ()
+    """What was kept of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,11 +280,14 @@ def train_heads(
     labels: Sequence[str],
     *,
     out: Path,
+    folds_out: Path | None = None,
     seed: int = 0,
     max_seconds: float = 60,
     progress: Callable[[float, str], None] | None = None,
 ) -> TrainingReport:
     """Train a head and fit a scoring for each label, and write them to ``out``, whole or not at all.
+
+    ``folds_out`` is a folder that receives what each `Fold` knows, if there are any.
 
     Examples come with their image where the segmenter is `Deep`, else with their features (`backend.judging.embedded`).
     The same data and seed give the same heads, unless ``max_seconds`` is what ends the training. ``progress`` is called
@@ -289,28 +310,45 @@ def train_heads(
     steps = _STEPS if len(trained) <= _FULL_LABELS else max(_LEAST_STEPS, _STEPS * _FULL_LABELS // len(trained))
     heads: dict[str, Any] = {}
     scoring: dict[str, Scoring] = {}
+    folds_heads: list[dict[str, Any]] = [{} for _ in folds]
+    folds_scoring: list[dict[str, Scoring]] = [{} for _ in folds]
     reports = []
+    kept: dict[int, tuple[Example, Embedding]] = {}
     untrained = tuple(label for label, count in counts.items() if not count)
     deadline = time.perf_counter() + max_seconds
     for i, label in enumerate(trained):
         now = time.perf_counter()
-        desk = _Desk(segmenter, label, classes=tuple(counts), seed=seed)
-        heads[label], fitted, report = _learned(
+        desk = _Desk(segmenter, label, tuple(counts), seed, kept)
+        learned = _learned(
             desk, examples, folds, steps=steps,
             deadline=now + (deadline - now) / (len(trained) - i),
             tell=_part_of(tell, label, i, len(trained)),
         )  # fmt: skip
-        if fitted is not None:
-            scoring[label] = fitted
-        reports.append(report)
-        log.info("%s: %s", label, report)
+        heads[label] = learned.head
+        if learned.scoring is not None:
+            scoring[label] = learned.scoring
+        for fold, (head, fitted) in enumerate(learned.without):
+            folds_heads[fold][label] = head
+            if fitted is not None:
+                folds_scoring[fold][label] = fitted
+        reports.append(learned.report)
+        log.info("%s: %s", label, learned.report)
     for label in untrained:
-        if segmenter.head(label) is not None and time.perf_counter() < deadline:
-            desk = _Desk(segmenter, label, classes=tuple(counts), seed=seed)
-            told = [(segmenter.head(label), examples)]
-            if found := desk.scoring(told, [recalibrated_scoring], least_right=0):
-                scoring[label] = found[0]
+        head = segmenter.head(label)
+        if head is not None and time.perf_counter() < deadline:
+            desk = _Desk(segmenter, label, tuple(counts), seed, kept)
+            found = desk.candidates([(head, [examples[i] for i in fold]) for fold in folds] or [(head, examples)])
+            if fitted := desk.scoring(_all_of(found), [recalibrated_scoring], least_right=0):
+                scoring[label] = fitted
+            for fold in range(len(folds)):
+                if fitted := desk.scoring(_all_of(found, but=fold), [recalibrated_scoring], least_right=0):
+                    folds_scoring[fold][label] = fitted
     segmenter.save_heads(heads, out, {"seed": str(seed)}, scoring=scoring)
+    parts = []
+    if folds_out is not None and any(folds_heads):
+        for fold, numbers in enumerate(folds):
+            parts.append(Fold(tuple(numbers), folds_out / f"fold-{fold}.safetensors"))
+            segmenter.save_heads(folds_heads[fold], parts[-1].heads, scoring=folds_scoring[fold])
     tell(1.0, "done")
     return TrainingReport(
         tuple(reports),
@@ -318,6 +356,7 @@ def train_heads(
         len(examples),
         tuple(sorted({e.place for e in examples})) if folds else (),
         time.perf_counter() - begun,
+        tuple(parts),
     )
 
 
@@ -340,6 +379,17 @@ def _folds(places: Sequence[str], seed: int) -> list[list[int]]:
     return [sorted(fold) for fold in folds]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Learned:
+    """What came of a label."""
+
+    head: Any
+    scoring: Scoring | None
+    report: LabelReport
+    without: Sequence[tuple[Any, Scoring | None]] = ()
+    """Of each fold, the head and scoring that know nothing of its tiles; none where no tile was left out."""
+
+
 def _learned(
     desk: _Desk[Head],
     examples: Sequence[Example],
@@ -348,8 +398,7 @@ def _learned(
     steps: int,
     deadline: float,
     tell: Callable[[float], None],
-) -> tuple[Any, Scoring | None, LabelReport]:
-    """Head and scoring of a label, and how it went."""
+) -> _Learned:
     label, seed = desk.label, desk.seed
     shipped = desk.shipped_head()
     objects = sum(len(_outlines(example, label)) for example in examples)
@@ -360,35 +409,53 @@ def _learned(
     start = shipped or _new_head(desk.segmenter, seed)
     rates = _RATES_FROM_NOTHING if shipped is None else _RATES_FROM_SHIPPED
     windows = desk.windows(examples)
-    told = []
-    for i, (learn, judge) in enumerate(parted):
+    heads: list[list[Any]] = []  # of each fold, in the order of the shares
+    for i, (learn, _) in enumerate(parted):
         tell(i / (len(parted) + 1))
         until = now + (deadline - now) * (i + 1) / (len(parted) + 1)
         some = [window for number in learn for window in windows[number]]
-        told.append((_train(start, some, steps, rates, seed=seed, deadline=until)[0], judge))
+        one, _ = _train(start, some, steps, rates, seed=seed, deadline=until)
+        heads.append([one] if shipped is None else [shipped, *(_between(shipped, one, share) for share in _SHARES)])
     tell(len(parted) / (len(parted) + 1))
     every = [window for of_tile in windows for window in of_tile]
     steps_of_all = steps if shipped is None else round(steps * _LONGER_FROM_SHIPPED)
     head, done = _train(start, every, steps_of_all, rates, seed=seed, deadline=deadline)
     del windows, every
+    judges = [judge for _, judge in parted]
     if not parted:
-        before = desk.ious([((shipped,), examples)])[0] if shipped is not None else None
-        return head, None, LabelReport(label, objects, done, before, None)
-    if shipped is None:
-        before, after = None, desk.ious([((one,), judge) for one, judge in told])[0]
-    else:
-        between = [[shipped, *(_between(shipped, one, share) for share in _SHARES)] for one, _ in told]
-        ious = desk.ious([(heads, judge) for heads, (_, judge) in zip(between, told, strict=True)])
-        best = int(np.argmax(ious))
-        before, after = ious[0], ious[best]
+        before = _iou(desk.overlaps([([shipped], examples)]))[0] if shipped is not None else None
+        return _Learned(head, None, LabelReport(label, objects, done, before, None))
+    common = desk.overlaps(list(zip(heads, judges, strict=True)))
+    ious = _iou(common)
+    best = int(np.argmax(ious))
+    before = None if shipped is None else ious[0]
+    if shipped is not None:
         if not best:
-            return desk.segmenter.head(label), None, LabelReport(label, objects, 0, before, before)
+            kept = desk.segmenter.head(label)
+            report = LabelReport(label, objects, 0, before, before)
+            return _Learned(kept, None, report, [(kept, None)] * len(parted))
         head = _between(shipped, head, _SHARES[best - 1])
-        told = [(heads[best], judge) for heads, (_, judge) in zip(between, told, strict=True)]
     # What a shipped scoring learned on many places may be worth more than what few tiles say, but for how sure it is.
     ways = [fitted_scoring] if shipped is None else [recalibrated_scoring, fitted_scoring]
-    scoring, count = desk.scoring(told, ways, least_right=_LEAST_OF_EACH) or (None, 0)
-    return head, scoring, LabelReport(label, objects, done, before, after, count)
+    found = desk.candidates([(of_fold[best], judge) for of_fold, judge in zip(heads, judges, strict=True)])
+    candidates = _all_of(found)
+    scoring = desk.scoring(candidates, ways, least_right=_LEAST_OF_EACH)
+    without: list[tuple[Any, Scoring | None]] = []
+    for fold, of_fold in enumerate(heads):
+        # Both choices, how far to follow and what to believe, are made by the other folds.
+        share = int(np.argmax(_iou(np.delete(common, fold, 0))))
+        if shipped is not None and not share:
+            without.append((desk.segmenter.head(label), None))
+        else:
+            fitted = desk.scoring(_all_of(found, but=fold), ways, least_right=_LEAST_OF_EACH)
+            without.append((of_fold[share], fitted))
+    count = 0 if scoring is None else sum(len(right) for _, right in candidates)
+    return _Learned(head, scoring, LabelReport(label, objects, done, before, ious[best], count), without)
+
+
+def _iou(common: FloatArray) -> list[float]:
+    """IoU of each head from pixels in common and in all, by fold and head, (F, H, 2)."""
+    return [float(both / max(either, 1)) for both, either in common.sum(0)]
 
 
 @torch.no_grad()
@@ -460,29 +527,32 @@ def _train(
     """The trained head, and the steps that were taken: fewer where time ends."""
     rng = np.random.default_rng(seed)
     head, average = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start).requires_grad_(False).eval()
-    is_known = {name: name.startswith("pyramid.") for name, _ in head.named_parameters()}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for name, p in head.named_parameters() if is_known[name] == flag], "most": most}
-            for flag, most in zip((False, True), rates, strict=True)
-            if flag in is_known.values()
-        ],
-        weight_decay=1e-3,
-    )
+    for each in (head, average):
+        each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its types
+    parameters = list(head.parameters())
+    most = [rates[name.startswith("pyramid.")] for name, _ in head.named_parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = group["most"] * min(1, step / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+        pace = min(1, step / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
         inputs, target, weight = _batch(windows, rng)
-        loss = _loss(head(*inputs), target, weight)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        gradients = torch.autograd.grad(_loss(head(*inputs), target, weight), parameters)
         with torch.no_grad():
-            for kept, current in zip(average.parameters(), head.parameters(), strict=True):
+            for parameter, gradient, rate, moment in zip(parameters, gradients, most, moments, strict=True):
+                _adam_w(parameter, gradient, moment, step, rate * pace)
+            for kept, current in zip(average.parameters(), parameters, strict=True):
                 kept.lerp_(current, max(_AVERAGED, 1 / (step + 1)))
         if time.perf_counter() > deadline:
             break
     return average, step
+
+
+def _adam_w(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float) -> None:
+    """A step of AdamW (Loshchilov and Hutter, 2019), as torch's: that one takes six seconds to be imported."""
+    mean, square = moments
+    mean.lerp_(gradient, 1 - _BETAS[0])
+    square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    spread = (square / (1 - _BETAS[1] ** step)).sqrt_().add_(1e-8)
+    parameter.mul_(1 - rate * _DECAY).addcdiv_(mean, spread, value=-rate / (1 - _BETAS[0] ** step))
 
 
 def _batch(windows: Sequence[_Tile], rng: np.random.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -493,7 +563,10 @@ def _batch(windows: Sequence[_Tile], rng: np.random.Generator) -> tuple[list[Ten
         arrays = (*window.inputs, window.target, window.emphasis[None])
         turned = (np.rot90(a[:, :, ::-1] if mirrored else a, turns, (1, 2)) for a in arrays)
         picked.append([np.ascontiguousarray(a, np.float32) for a in turned])
-    *inputs, target, weight = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*picked, strict=True))
+    # Each place's channels side by side, as is faster.
+    *inputs, target, weight = (
+        torch.from_numpy(np.stack(arrays)).to(memory_format=torch.channels_last) for arrays in zip(*picked, strict=True)
+    )
     return inputs, target, weight
 
 
@@ -512,6 +585,9 @@ def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 _NO_INPUTS = ("rgb", "scale_xy")
 """Features that a head does not read."""
 
+_MOST_KEPT_BYTES = 256 * 2**20
+"""What was read of tiles is kept up to this, and otherwise read again."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Desk(Generic[Head]):
@@ -523,6 +599,8 @@ class _Desk(Generic[Head]):
     """All labels in question; they decide how large the network sees a tile."""
 
     seed: int
+    kept: dict[int, tuple[Example, Embedding]] = field(default_factory=dict)
+    """By the examples' ids, what was read of them as they are; shared by all labels."""
 
     def shipped_head(self) -> Head | None:
         if isinstance(self.segmenter, Deep):
@@ -536,13 +614,17 @@ class _Desk(Generic[Head]):
                 version = self.segmenter.base_version
                 raise TrainingError(f"a tile of {example.place} has no features of {version} to learn from")
             return _tile(example, example.embedding, self.label)
+        if rng is None and id(example) in self.kept:
+            return _tile(*self.kept[id(example)], self.label)
         image, scale = self._image(example)
         most_px = int(_MOST_READ_PX / scale)
+        part = example
         if max(image.shape[:2]) > most_px:
-            example, image = _some_of(example, image, most_px, rng or np.random.default_rng(self.seed))
-        if rng is not None:
-            image = _relit(image, rng)
-        return _tile(example, self.segmenter.inner(image, scale=scale), self.label)
+            part, image = _some_of(example, image, most_px, rng or np.random.default_rng(self.seed))
+        read = self.segmenter.inner(image if rng is None else _relit(image, rng), scale=scale)
+        if rng is None and sum(seen.nbytes for _, seen in self.kept.values()) + read.nbytes <= _MOST_KEPT_BYTES:
+            self.kept[id(example)] = part, read
+        return _tile(part, read, self.label)
 
     def _image(self, example: Example) -> tuple[NDArray[np.uint8], float]:
         assert isinstance(self.segmenter, Deep)
@@ -566,42 +648,42 @@ class _Desk(Generic[Head]):
         side = min(len(window.emphasis) for of_tile in found for window in of_tile)
         return [[w if len(w.emphasis) == side else w.part(0, 0, side) for w in of_tile] for of_tile in found]
 
-    def ious(self, judged: Sequence[tuple[Sequence[nn.Module], Sequence[Example]]]) -> list[float]:
-        """IoU of class maps at one half, of the first heads, the second, …, each over all tiles together."""
-        common = np.zeros((max(len(heads) for heads, _ in judged), 2))
-        for heads, examples in judged:
+    def overlaps(self, judged: Sequence[tuple[Sequence[nn.Module], Sequence[Example]]]) -> FloatArray:
+        """Half-cells that class maps and outlines have in common and in all, by fold and head, (F, H, 2)."""
+        common = np.zeros((len(judged), len(judged[0][0]), 2))
+        for counts, (heads, examples) in zip(common, judged, strict=True):
             for example in self._some(examples, len(judged)):
                 tile = self.read(example)
                 seen = tile.emphasis > 0
                 truth = (tile.target[0] > 0.5) & seen
-                for counts, head in zip(common, heads, strict=True):
+                for of_head, head in zip(counts, heads, strict=True):
                     found = (_logits(head, tile)[0, 0].numpy() > 0) & seen
-                    counts += (found & truth).sum(), (found | truth).sum()
-        return [float(both / max(either, 1)) for both, either in common]
+                    of_head += (found & truth).sum(), (found | truth).sum()
+        return common
 
     def _some(self, examples: Sequence[Example], parts: int) -> list[Example]:
         order = np.random.default_rng(self.seed).permutation(len(examples))[: max(1, _MOST_SCORED // parts)]
         return [examples[i] for i in sorted(order.tolist())]
 
-    def scoring(
-        self, told: Sequence[tuple[Any, Sequence[Example]]], ways: Sequence[_Fit], *, least_right: int
-    ) -> tuple[Scoring, int] | None:
-        """Scoring of heads by candidates on tiles that they have not learned from, and how many there were.
-
-        None where there are too few.
-        """
+    def candidates(self, told: Sequence[tuple[Any, Sequence[Example]]]) -> list[list[_Candidates]]:
+        """Those of tiles that a head has not learned from, by fold and tile."""
         found = []
         for head, examples in told:
             model = self.segmenter.with_only({self.label: head})
-            found += [self._candidates(model, example) for example in self._some(examples, len(told))]
+            found.append([self._candidates(model, example) for example in self._some(examples, len(told))])
+        return found
+
+    def scoring(self, found: Sequence[_Candidates], ways: Sequence[_Fit], *, least_right: int) -> Scoring | None:
+        """Scoring by the candidates of some tiles; None where there are too few."""
+        if not found:
+            return None
         features, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
         if right.sum() < least_right or (~right).sum() < _LEAST_OF_EACH:
             return None
         believed = instances.scoring_of(self.segmenter.scoring, self.label)
-        return _likeliest(ways, found, believed)(features, right, believed=believed), len(right)
+        return _likeliest(ways, found, believed)(features, right, believed=believed)
 
-    def _candidates(self, model: Learner[Any], example: Example) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Features of all candidates on a tile, (N, K), and whether each lies on an object as it should, (N,)."""
+    def _candidates(self, model: Learner[Any], example: Example) -> _Candidates:
         if isinstance(model, Deep):
             image, scale = self._image(example)
             dense = model.dense(model.embed(image, scale=scale))
@@ -615,6 +697,11 @@ class _Desk(Generic[Head]):
         rows, columns = found.pieces.shape
         drawn = _drawn(_outlines(example, self.label), (rows, columns)).astype(np.int32)
         return found.features[used], found.ious(drawn)[used] >= _RIGHT_IOU
+
+
+def _all_of(found: Sequence[Sequence[_Candidates]], *, but: int | None = None) -> list[_Candidates]:
+    """Candidates of all tiles, without those of a fold."""
+    return [of_tile for fold, of_fold in enumerate(found) if fold != but for of_tile in of_fold]
 
 
 def _windows_of(tile: _Tile, count: int, rng: np.random.Generator) -> list[_Tile]:
@@ -658,7 +745,8 @@ def _some_of(
 
 @torch.inference_mode()
 def _logits(head: nn.Module, tile: _Tile) -> Tensor:
-    logits: Tensor = head(*(torch.from_numpy(values.astype(np.float32))[None] for values in tile.inputs))
+    inputs = (torch.from_numpy(values.astype(np.float32))[None] for values in tile.inputs)
+    logits: Tensor = head(*(values.to(memory_format=torch.channels_last) for values in inputs))
     return logits
 
 
@@ -671,7 +759,7 @@ class _Fit(Protocol):
     def __call__(self, features: FloatArray, right: NDArray[np.bool_], *, believed: Scoring) -> Scoring: ...
 
 
-def _likeliest(ways: Sequence[_Fit], found: Sequence[tuple[FloatArray, NDArray[np.bool_]]], believed: Scoring) -> _Fit:
+def _likeliest(ways: Sequence[_Fit], found: Sequence[_Candidates], believed: Scoring) -> _Fit:
     """The way that tells best on half of the tiles what is right, having seen the other half."""
     if len(ways) == 1 or len(found) < 2:
         return ways[0]

@@ -135,11 +135,11 @@ def test_learning_curve_learns_from_some_tiles_and_judges_others(
     monkeypatch.setattr(sys, "argv", ["learning_curve", str(folder), "--learn", "town", "hamlet", "--judge", "village",
                                       "--new", "--counts", "0", "5", "--out", str(out)])  # fmt: skip
     learning_curve.main()
-    before, after = json.loads((out / "learning-curve.json").read_text())
+    before, after = json.loads((out / f"{folder.name}.json").read_text())
     assert (before["accepted"], before["polygons"], before["F1@0.5"]) == (0, 0, 0)
     assert (after["accepted"], after["learned"], after["objects"]) == (2, 2, 5)
     assert after["version"].startswith(before["version"] + "-")
-    ET.parse(out / "learning-curve.svg")
+    ET.parse(out / f"{folder.name}.svg")
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--judge", "town"])
     with pytest.raises(SystemExit, match="different images"):
         learning_curve.main()

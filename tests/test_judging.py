@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shapely import box
 from backend import judging
 from backend.judging import Comparison, Judgement, LabelJudgement, calibration_error, clicked_through, compared
 from backend.segmenter import DenseMaps, Embedding, Masks, Prompts
-from backend.training import Example
+from backend.training import Example, Fold
 from tests.fakes import BrightSegmenter, bright_image
 
 NOTHING = Embedding({}, (64, 64), "none")
@@ -84,10 +85,11 @@ def test_blocks_stay_whole_and_once_held_out_stay_so(places: list[str], more: li
     grown = judging.split([plain(place) for place in [*places, *more]], first.blocks)
     for parts, count in ((first, len(places)), (grown, len(places) + len(more))):
         learned, judged = ({example.place for example in part} for part in (parts.learn, parts.judge))
-        assert not learned & judged
-        assert len(parts.learn) + len(parts.judge) == count
+        assert judged <= learned if parts.in_turn else not learned & judged
+        assert len(parts.learn) + len(parts.judge) * (not parts.in_turn) == count
         assert bool(parts.judge) != bool(parts.why_not)
         assert not parts.judge or (len(parts.judge) >= judging.LEAST_JUDGED and len(parts.learn) >= 4)
+        assert not parts.in_turn or not parts.blocks
     if grown.judge:
         assert set(first.blocks) <= set(grown.blocks)
 
@@ -100,23 +102,42 @@ def test_neither_order_nor_what_comes_later_changes_what_a_block_is_for():
     assert 8 <= len(whole.judge) <= 24
 
 
+def test_few_tiles_are_judged_in_turn_but_for_those_that_the_live_version_learned_from():
+    few = [plain(f"scene:{number}:0") for number in range(5)]
+    first = judging.split(few)
+    assert (first.in_turn, set(first.judge), first.learn, first.blocks) == (True, set(few), tuple(few), ())
+    more = [plain(f"scene:{number}:0") for number in range(12)]
+    grown = judging.split(more, (), first.learned_blocks)
+    assert grown.in_turn
+    assert _blocks_of(grown.judge) == _blocks_of(more) - _blocks_of(few)
+    assert len(grown.learn) == 12
+    # What was once held out stays so, and many tiles are held out as a rule.
+    assert set(judging.split(more, _blocks_of(more[:4])).blocks) >= _blocks_of(more[:4])
+    assert not judging.split([plain(f"scene:{number}:0") for number in range(80)]).in_turn
+
+
 def test_what_the_live_version_learned_from_is_held_out_only_where_there_is_nothing_else():
-    first = judging.split([plain(f"scene:{number}:0") for number in range(7)])
-    assert not first.judge
     both = [plain(f"scene:{number}:0") for number in range(20)]
-    assert not set(judging.split(both, (), first.learned_blocks).blocks) & set(first.learned_blocks)
-    assert len(judging.split(both, (), _blocks_of(both)).judge) == judging.LEAST_JUDGED
+    parts = judging.split(both, (), _blocks_of(both))
+    assert (len(parts.judge), parts.in_turn) == (judging.LEAST_JUDGED, False)
 
 
-def _blocks_of(examples: list[Example]) -> set[str]:
+def _blocks_of(examples: Sequence[Example]) -> set[str]:
     return {judging.block_id(example.place) for example in examples}
 
 
-@pytest.mark.parametrize(("count", "places", "says"), [(7, 7, "7 tiles are too few"), (20, 1, "cannot be parted")])
+@pytest.mark.parametrize(("count", "places", "says"), [(3, 3, "3 tiles are too few"), (20, 1, "one block")])
 def test_too_few_tiles_to_judge_by_are_all_learned_from_and_it_is_said(count, places, says):
     parts = judging.split([plain(f"scene:{number % places}:0") for number in range(count)])
     assert (len(parts.learn), parts.judge) == (count, ())
     assert says in parts.why_not
+
+
+def test_tiles_that_the_live_version_knows_do_not_judge_the_next_one():
+    tiles = [plain(f"scene:{number}:0") for number in range(7)]
+    parts = judging.split(tiles, (), _blocks_of(tiles[:5]))
+    assert (len(parts.learn), parts.judge) == (7, ())
+    assert "the live version learned from most of them" in parts.why_not
 
 
 def test_tiles_without_any_outline_are_nothing_to_judge_by():
@@ -125,9 +146,10 @@ def test_tiles_without_any_outline_are_nothing_to_judge_by():
 
 
 def test_each_label_keeps_an_outline_to_learn_from():
-    rare = sorted((f"scene:{number}:0" for number in range(12)), key=judging.block_id)[0]
-    parts = judging.split([plain(f"scene:{n}:0", "tent" if f"scene:{n}:0" == rare else "house") for n in range(12)])
+    rare = sorted((f"scene:{number}:0" for number in range(60)), key=judging.block_id)[0]
+    parts = judging.split([plain(f"scene:{n}:0", "tent" if f"scene:{n}:0" == rare else "house") for n in range(60)])
     assert parts.judge
+    assert not parts.in_turn
     assert {label for example in parts.learn for label, _ in example.regions} == {"tent", "house"}
 
 
@@ -210,7 +232,7 @@ def test_a_version_is_better_where_something_surely_gained_and_nothing_surely_lo
 def judged(
     champion: BrightSegmenter, challenger: BrightSegmenter, labels: tuple[str, ...] = ("building",)
 ) -> Judgement:
-    return judging.judge(champion, challenger, bright_examples(4), labels, min_score=0.3)
+    return judging.judge(champion, [(challenger, bright_examples(4))], labels, min_score=0.3)
 
 
 def test_a_model_that_finds_everything_is_better_than_one_that_finds_nothing():
@@ -224,6 +246,19 @@ def test_a_model_that_finds_everything_is_better_than_one_that_finds_nothing():
     assert judging.verdict(found)[0]
     assert not judging.verdict(judged(BrightSegmenter(), Blind()))[0]
     assert not judging.verdict(judged(BrightSegmenter(), BrightSegmenter()))[0]
+
+
+def test_each_of_several_challengers_is_asked_for_its_own_tiles():
+    tiles = bright_examples(8)
+    challengers = [(Blind(), tiles[:4]), (BrightSegmenter(), tiles[4:])]
+    found = judging.judge(Blind(), challengers, ["building"], min_score=0.3)
+    assert (found.tiles, found.in_turn, found.f1.before) == (8, True, 0)
+    assert found.f1.after == pytest.approx(2 * 12 / (12 + 24))
+    assert "8 tiles left out in turn" in judging.verdict(found)[1]
+    parts = judging.Split(tuple(tiles), tuple(tiles[1:3]), in_turn=True)
+    folds = [Fold((0, 1), Path("a")), Fold((2, 3), Path("b")), Fold((4,), Path("c"))]
+    asked = judging.challengers(parts, Blind(), folds, lambda path: Dull() if path.name == "a" else Squinting())
+    assert [(type(model), own) for model, own in asked] == [(Dull, [tiles[1]]), (Squinting, [tiles[2]])]
 
 
 def test_models_are_judged_by_both_looks_that_pre_labels_take():

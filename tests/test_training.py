@@ -184,7 +184,8 @@ def test_a_shipped_head_follows_only_where_that_helps_on_tiles_left_out(
     segmenter, examples, tmp_path, monkeypatch, ious, steps
 ):
     monkeypatch.setattr(training, "_STEPS", 2)
-    monkeypatch.setattr(training._Desk, "ious", lambda desk, judged: ious)
+    common = np.array([[(100 * iou, 100) for iou in ious]] * 2)
+    monkeypatch.setattr(training._Desk, "overlaps", lambda desk, judged: common)
     buildings = [replace(e, regions=[("building", p) for _, p in e.regions]) for e in examples]
     report = train_heads(segmenter, buildings, ["building"], out=tmp_path / "heads")
     assert (report.labels[0].steps, report.labels[0].iou_before, report.labels[0].iou_after) == (
@@ -202,6 +203,36 @@ def test_few_tiles_are_all_learned_from(segmenter, examples, tmp_path, monkeypat
     monkeypatch.setattr(training, "_STEPS", 2)
     report = train_heads(segmenter, examples[:3], ["pool"], out=tmp_path / "heads")
     assert (report.tiles, report.held_out, report.labels[0].iou_after) == (3, (), None)
+
+
+def test_what_a_fold_knows_is_kept_and_does_not_change_with_its_tiles(segmenter, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_STEPS", 4)
+    shift = replace(examples[0], regions=[(label, box(2, 2, 40, 40)) for label, _ in examples[0].regions])
+    files = []
+    for name, first in (("clean", examples[0]), ("spoiled", shift)):
+        folder = tmp_path / name
+        folder.mkdir()
+        report = train_heads(segmenter, [first, *examples[1:]], ["pool"], out=folder / "all", folds_out=folder)
+        assert sorted(number for fold in report.folds for number in fold.tiles) == list(range(len(examples)))
+        without = next(fold for fold in report.folds if 0 in fold.tiles)
+        files.append((without.heads.read_bytes(), (folder / "all").read_bytes()))
+        assert segmenter.with_heads(without.heads).head("pool") is not None
+    assert files[0][0] == files[1][0]
+    assert files[0][1] != files[1][1]
+
+
+def test_the_optimizer_is_adam_w_of_torch():
+    rng = torch.Generator().manual_seed(0)
+    mine = torch.randn(3, 4, generator=rng)
+    other = mine.clone().requires_grad_(True)
+    theirs = torch.optim.AdamW([other], lr=0.01, betas=training._BETAS, weight_decay=training._DECAY)
+    moments = torch.zeros(3, 4), torch.zeros(3, 4)
+    for step in range(1, 6):
+        gradient = torch.randn(3, 4, generator=rng)
+        other.grad = gradient.clone()
+        theirs.step()
+        training._adam_w(mine, gradient, moments, step, 0.01)
+    torch.testing.assert_close(mine, other.detach())
 
 
 def test_each_tile_is_left_out_once_and_never_without_its_neighbours(examples):
