@@ -90,7 +90,7 @@ _NEAR_CELLS, _WINDOW_CELLS = 64, 96
 """Side of the square around clicks, and around what does not fit in there or is a box, that the decoder looks at,
 unless the prompts ask for more."""
 
-_GRABCUT_WEIGHT, _GRABCUT_ROUNDS, _LEAST_AGREEMENT = 0.5, 2, 0.6
+_GRABCUT_WEIGHT, _GRABCUT_ROUNDS, _LEAST_AGREEMENT = 0.5, 1, 0.6
 """How much the colours of the image at hand correct the answer, and the IoU with it that they need to be heard."""
 
 _SURE_LOGIT = 3.5
@@ -872,11 +872,10 @@ class CompactSegmenter:
         side = _NEAR_CELLS if is_near else _WINDOW_CELLS
         while True:
             window = _window(lowest, highest, (columns, rows), side, shrink)
-            covers_all = (window.width, window.height) == (columns, rows)
             logits = self._decode_window(
                 embedding, window, clicks_xy / cell_xy, is_foreground, box if box is None else box / np.tile(cell_xy, 2)
             )
-            if covers_all or box is not None or not _reaches_inner_edge(logits > 0, window, (columns, rows)):
+            if logits is not None:
                 break
             if side < _WINDOW_CELLS:
                 side = _WINDOW_CELLS
@@ -896,9 +895,16 @@ class CompactSegmenter:
         clicks: FloatArray,
         is_foreground: NDArray[np.bool_],
         box: FloatArray | None,
-    ) -> NDArray[np.float32]:
-        """Logits of a window's half-cells; clicks and box are in cells of the embedding."""
+    ) -> NDArray[np.float32] | None:
+        """Logits of a window's half-cells; clicks and box are in cells of the embedding.
+
+        None as soon as it shows that what was clicked runs out of the window: the last steps take most of the time.
+        """
         shrink = window.shrink
+        rows, columns = embedding.features["coarse"].shape[1:]
+
+        def runs_out(logits: NDArray[np.float32]) -> bool:
+            return box is None and _reaches_inner_edge(logits > 0, window, (columns, rows))
 
         def cut(name: str, each: int) -> Tensor:
             y, x = window.top * each, window.left * each
@@ -927,11 +933,17 @@ class CompactSegmenter:
         decoder = self._net.decoder
         prompted = decoder.prompt_maps(views[0], views[4], views[5])
         first, _ = decoder(*views, None, prompted)
+        if runs_out(first[0, 0].cpu().numpy()):
+            return None
         _, sharp = decoder(*views, first, prompted)
+        logits = sharp[0, 0].cpu().numpy()
         if box is not None:
-            return np.asarray(sharp[0, 0].cpu().numpy())  # the image's own colours help clicks, and harm boxes
+            return np.asarray(logits)  # the image's own colours help clicks, and harm boxes
+        if runs_out(logits):
+            return None
         rgb = np.ascontiguousarray(rgb_fine[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy())
-        return _adapted(sharp[0, 0].cpu().numpy(), rgb, 2 * local, is_foreground)
+        adapted = _adapted(logits, rgb, 2 * local, is_foreground)
+        return None if runs_out(adapted) else adapted
 
     @torch.inference_mode()
     def dense(
@@ -1057,7 +1069,7 @@ def _blocks(length: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
 
 
 def _reaches_inner_edge(mask: NDArray[np.bool_], window: _Window, grid_wh: tuple[int, int]) -> bool:
-    """Whether a mask of half-cells runs out of its window where there is more image to see."""
+    """Whether a mask of cells or half-cells runs out of its window where there is more image to see."""
     columns, rows = grid_wh
     edges = (
         (window.left > 0, mask[:, 0]),

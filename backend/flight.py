@@ -11,8 +11,8 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -27,15 +27,20 @@ class Replaced(Exception):
 
 
 class Claim:
-    """One request for an answer that only the newest request for it is worth."""
+    """One request for an answer, until nobody waits for it any more."""
 
     def __init__(self) -> None:
-        self.replaced: Future[None] = Future()
+        self.ended: Future[None] = Future()
+
+    def end(self, reason: Exception) -> None:
+        """Let who works for it raise the ``reason`` as soon as it can. Nothing happens where it has one already."""
+        with suppress(InvalidStateError):
+            self.ended.set_exception(reason)
 
     def check(self) -> None:
-        """Raises Replaced where a newer one has come."""
-        if self.replaced.done():
-            raise Replaced
+        """Raises Replaced where a newer one has come, or for what other reason it was ended."""
+        if self.ended.done():
+            self.ended.result()
 
 
 class Claims:
@@ -43,6 +48,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._newest: dict[Hashable, Claim] = {}
+        self._over: Exception | None = None
         self._lock = threading.Lock()
 
     @contextmanager
@@ -50,16 +56,25 @@ class Claims:
         """The newest claim to the key for the length of a ``with`` block, unless a newer one is made meanwhile."""
         claim = Claim()
         with self._lock:
-            older = self._newest.get(key)
+            older, over = self._newest.get(key), self._over
             self._newest[key] = claim
         if older is not None:
-            older.replaced.set_result(None)
+            older.end(Replaced())
+        if over is not None:
+            claim.end(over)
         try:
             yield claim
         finally:
             with self._lock:
                 if self._newest.get(key) is claim:
                     del self._newest[key]
+
+    def end_all(self, reason: Exception) -> None:
+        """End those that there are, and those to come."""
+        with self._lock:
+            self._over, claims = reason, list(self._newest.values())
+        for claim in claims:
+            claim.end(reason)
 
 
 class SingleFlight(Generic[Result]):
@@ -72,7 +87,7 @@ class SingleFlight(Generic[Result]):
     def do(self, key: Hashable, compute: Callable[[], Result], *, claim: Claim | None = None) -> Result:
         """What ``compute`` returns or raises, computed by this thread or by the one that is at it already.
 
-        With a ``claim`` it is computed in a thread of its own, and goes on for others where this one raises Replaced.
+        With a ``claim`` it is computed in a thread of its own, and goes on for others where this one was ended.
         """
         with self._lock:
             flight = self._flights.get(key)
@@ -86,7 +101,7 @@ class SingleFlight(Generic[Result]):
         if leads:
             work = functools.partial(contextvars.copy_context().run, self._fly, key, flight, compute)
             threading.Thread(target=work, name="flight", daemon=True).start()
-        either: tuple[Future[Any], ...] = (flight, claim.replaced)
+        either: tuple[Future[Any], ...] = (flight, claim.ended)
         wait(either, return_when=FIRST_COMPLETED)
         if not flight.done():
             claim.check()
@@ -140,27 +155,29 @@ class Gate:
             self._turn.notify_all()
 
     @contextmanager
-    def entered(self, *, urgency: int = 0, is_quick: bool = False, claim: Claim | None = None) -> Iterator[bool]:
+    def entered(
+        self, *, urgency: int = 0, is_quick: bool = False, quick_follows: bool = False, claim: Claim | None = None
+    ) -> Iterator[bool]:
         """Hold a place for the length of a ``with`` block. Quick work goes first, then the higher ``urgency``.
 
-        Gives whether nobody else was in, or waits who may come in beside this one. Raises Replaced where the ``claim``
-        is replaced before its turn.
+        Where ``quick_follows`` a place is kept for that as well. Gives whether nobody else was in, or waits who may
+        come in beside this one. Raises why the ``claim`` ended where it did before its turn.
         """
         ticket, came_s = (not is_quick, -urgency, next(self._order)), time.monotonic()
         if claim is not None:
-            claim.replaced.add_done_callback(self._wake)
+            claim.ended.add_done_callback(self._wake)
         with self._turn:
-            if is_quick:
+            if is_quick or quick_follows:
                 self._kept_until_s = came_s + KEPT_S
             heapq.heappush(self._waiting, ticket)
             self._turn.wait_for(
-                lambda: (self._waiting[0] == ticket and self._has_place()) or (claim and claim.replaced.done())
+                lambda: (self._waiting[0] == ticket and self._has_place()) or (claim and claim.ended.done())
             )
             self._waiting.remove(ticket)
             heapq.heapify(self._waiting)
-            if claim is not None and claim.replaced.done():
+            if claim is not None and claim.ended.done():
                 self._turn.notify_all()
-                raise Replaced
+                claim.check()
             is_first = not self._inside
             self._inside += 1
             is_alone = is_first and not self._has_place()
@@ -171,6 +188,8 @@ class Gate:
             yield is_alone
         finally:
             with self._turn:
+                if quick_follows:
+                    self._kept_until_s = time.monotonic() + KEPT_S
                 self._inside -= 1
                 self._turn.notify_all()
 

@@ -296,7 +296,7 @@ class Predictor:
     ) -> Embedding:
         """The image's embedding, from memory or disk where it was made before. ``key`` names the image's content.
 
-        Raises Replaced where the ``claim`` is replaced before it is there.
+        Raises why the ``claim`` ended where it did before it is there.
         """
         name = embedding_key(model, key, scale)
         cached = self.embeddings.memory.get(name)
@@ -309,7 +309,7 @@ class Predictor:
             if kept is not None:
                 self.on_embedding("disk", 0.0)
                 return kept
-            with self._device(model, urgency=urgency):
+            with self._device(model, urgency=urgency, quick_follows=urgency == INTERACTIVE):
                 begun_s = time.monotonic()
                 segmenter = model.segmenter
                 if isinstance(segmenter, Scalable):
@@ -386,7 +386,7 @@ class Predictor:
     ) -> list[Region]:
         """The outline of the object that clicks and box mean, without a label; its parts share an ``object_id``.
 
-        Raises Replaced where the ``claim`` is replaced before its turn.
+        Raises why the ``claim`` ended where it did before its turn.
         """
         embedding = self.embed(model, image_rgb, key, urgency=INTERACTIVE, scale=scale, claim=claim)
         with self._device(model, urgency=INTERACTIVE, is_quick=True, claim=claim):
@@ -433,10 +433,18 @@ class Predictor:
 
     @contextmanager
     def _device(
-        self, model: Loaded, *, urgency: int, is_quick: bool = False, claim: Claim | None = None
+        self,
+        model: Loaded,
+        *,
+        urgency: int,
+        is_quick: bool = False,
+        quick_follows: bool = False,
+        claim: Claim | None = None,
     ) -> Iterator[None]:
         """A place at the device: all processors for one alone, else a share of them, on which two get more done."""
-        with self.gate.entered(urgency=urgency, is_quick=is_quick, claim=claim) as is_alone:
+        with self.gate.entered(
+            urgency=urgency, is_quick=is_quick, quick_follows=quick_follows, claim=claim
+        ) as is_alone:
             if isinstance(model.segmenter, Shareable):
                 threads = model.segmenter.threads
                 model.segmenter.use_threads(threads if is_alone else max(1, threads // self.gate.places))

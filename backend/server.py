@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import re
+import threading
 import time
 from contextlib import suppress
 from http import HTTPStatus
@@ -46,6 +47,10 @@ MAX_BODY_BYTES = 256 * 2**20
 
 MAX_CONTROL_BODY_BYTES = 8 * 2**20
 """For routes that get no tasks and no annotations, and for who has shown no password."""
+
+GRACE_S, ANSWERS_WITHIN_S = 100, 95
+"""How long after SIGTERM the processes are ended, and how long they go on with what they were asked; who has no answer
+by then is told to ask again. In seconds."""
 
 MAX_AGE_S = 3600
 """Browsers ask again for a tile after this long, in seconds."""
@@ -302,13 +307,22 @@ def _clock(app: Flask, metrics: Metrics) -> None:
 def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
     """Run the server until it is stopped: gunicorn, WORKERS processes of THREADS threads.
 
-    On SIGTERM it takes no more requests, and ends once those that it has are answered. ``segmenter`` takes the place of
-    the one that settings name.
+    On SIGTERM it takes no more requests, and ends once those that it has are answered, or told to ask again.
+    ``segmenter`` takes the place of the one that settings name.
     """
     from gunicorn.app.base import BaseApplication
+    from gunicorn.workers.gthread import ThreadWorker
 
     _share_arenas()
     guesses = access.Guesses()
+
+    class Worker(ThreadWorker):  # type: ignore[misc]
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.alive and self.booted:
+                timer = threading.Timer(ANSWERS_WITHIN_S, self.wsgi.extensions["service"].end_answers)
+                timer.daemon = True
+                timer.start()
+            super().handle_exit(sig, frame)
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
@@ -316,10 +330,10 @@ def serve(settings: Settings, *, segmenter: Segmenter | None = None) -> None:
                 "bind": [f"0.0.0.0:{settings.port}"],
                 "workers": settings.workers,
                 "threads": settings.threads,
-                "worker_class": "gthread",
+                "worker_class": Worker,
                 # A batch may take Label Studio's 100 s, a cold start's model load included.
                 "timeout": 120,
-                "graceful_timeout": 100,
+                "graceful_timeout": GRACE_S,
                 "keepalive": 5,
                 "loglevel": settings.log_level.lower(),
                 "proc_name": "geoprelabel",

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,7 +25,7 @@ from shapely.geometry.base import BaseGeometry
 
 from . import __version__, datamanager, labelstudio, validation
 from .acceptance import Acceptance
-from .annotations import tasks_in
+from .annotations import TaskFile
 from .boxes import LastBox, LastBoxes
 from .bulk import Failed, Outcome, Task
 from .client import LabelStudio, NotFound
@@ -166,6 +166,10 @@ class Service:
         for work in (lambda: self.jobs.tend(self._closing), self._follow_label_studio):
             threading.Thread(target=work, name="training-desk", daemon=True).start()
 
+    def end_answers(self) -> None:
+        """Answer who still waits for a prediction now, with what there is: the process is about to be ended."""
+        self._claims.end_all(Busy("the backend is being stopped before it came to this; try again in a moment"))
+
     def close(self) -> None:
         """Finish what runs and let go of everything."""
         self._closing.set()
@@ -234,8 +238,8 @@ class Service:
             except BackendError as error:
                 self.problems.add(where, error)
                 raise
-        results = self._predict_batch(model, config, request, deadline)
-        return results, model.version
+        with self._claims.made(object()) as claim:
+            return self._predict_batch(model, config, request, deadline, claim), model.version
 
     def _answer_event(
         self, event: str, model: Loaded, config: LabelConfig, request: PredictRequest, task: Mapping[str, Any]
@@ -473,26 +477,33 @@ class Service:
         return made
 
     def _predict_batch(
-        self, model: Loaded, config: LabelConfig, request: PredictRequest, deadline: float
+        self, model: Loaded, config: LabelConfig, request: PredictRequest, deadline: float, claim: Claim
     ) -> list[Json | list[Any]]:
         def one(task: Mapping[str, Any], urgency: int) -> Json | list[Any]:
             if time.monotonic() > deadline:
                 return []
-            found = self._pre_label_or_failed(model, config, request.project, task, urgency=urgency)
+            found = self._pre_label_or_failed(model, config, request.project, task, urgency=urgency, claim=claim)
             return [] if isinstance(found, Failed) else found
 
         if len(request.tasks) == 1:
             return [one(request.tasks[0], OPENED)]
         begun = [self._pool.submit(request.project, functools.partial(one, task, BATCH)) for task in request.tasks]
-        return [_result_or_empty(future) for future in begun]
+        return [_result_or_empty(future, claim) for future in begun]
 
     def _pre_label_or_failed(
-        self, model: Loaded, config: LabelConfig, project: str, task: Task, *, urgency: int = BATCH
+        self,
+        model: Loaded,
+        config: LabelConfig,
+        project: str,
+        task: Task,
+        *,
+        urgency: int = BATCH,
+        claim: Claim | None = None,
     ) -> Outcome:
         """A task's prediction, or why there is none; that is among the problems then, too."""
         where = f"predict, {_named(task, project)}"
         try:
-            return self._prediction(model, config, task, urgency)
+            return self._prediction(model, config, task, urgency, claim)
         except BackendError as error:
             self.problems.add(where, error)
             return Failed(str(error))
@@ -503,10 +514,12 @@ class Service:
             self.problems.add(where, reason)
             return Failed(reason)
 
-    def _prediction(self, model: Loaded, config: LabelConfig, task: Task, urgency: int) -> Json:
+    def _prediction(
+        self, model: Loaded, config: LabelConfig, task: Task, urgency: int, claim: Claim | None = None
+    ) -> Json:
         if not isinstance(task, Mapping):
             raise BadRequest(f"a task must be an object, got {type(task).__name__}")
-        found = [self._pre_label(model, config, task, tag, urgency) for tag in config.wanted_tags]
+        found = [self._pre_label(model, config, task, tag, urgency, claim) for tag in config.wanted_tags]
         results = [result for of_tag, *_ in found for result in of_tag]
         chances = [chance for _, of_tag, _ in found for chance in of_tag]
         # What nobody looked for is not known to be absent: no score then.
@@ -515,7 +528,13 @@ class Service:
         return labelstudio.prediction_of(results, version=model.version, score=score)
 
     def _pre_label(
-        self, model: Loaded, config: LabelConfig, task: Mapping[str, Any], tag: PolygonTag, urgency: int
+        self,
+        model: Loaded,
+        config: LabelConfig,
+        task: Mapping[str, Any],
+        tag: PolygonTag,
+        urgency: int,
+        claim: Claim | None,
     ) -> tuple[list[Json], list[float], float]:
         """Results, the chance of each object that it is right, and how many were left out as unlikely."""
         image, tile = self._open(task, tag)
@@ -540,7 +559,7 @@ class Service:
 
         # Label Studio often asks twice when a task is opened, and would store two predictions.
         key = (task_identity(task), tag.from_name, image.key, model.version, tuple(labels.items()), min_score, scale)
-        return self._answers.do(key, compute)
+        return self._answers.do(key, compute, claim=claim)
 
     def _answer_prompt(
         self, model: Loaded, config: LabelConfig, asked: PredictRequest, task: Mapping[str, Any], claim: Claim
@@ -734,12 +753,11 @@ def _in_percent(regions: Sequence[Region], tile: Tile) -> BaseGeometry:
     return shapely.transform(whole, lambda xy: xy * 100 / np.array(tile.size))
 
 
-def _result_or_empty(future: Future[Json | list[Any]]) -> Json | list[Any]:
-    try:
-        return future.result()
-    except CancelledError:
-        # The server was stopped: Label Studio asks again.
-        return []
+def _result_or_empty(future: Future[Json | list[Any]], claim: Claim) -> Json | list[Any]:
+    either: tuple[Future[Any], ...] = (future, claim.ended)
+    wait(either, return_when=FIRST_COMPLETED)
+    # Where the server is stopped Label Studio asks again.
+    return future.result() if future.done() and not future.cancelled() else []
 
 
 def _named(task: Any, project: str) -> str:
@@ -761,7 +779,7 @@ def annotated_tasks(
     An export does not hold the label config: None then. Its annotations' results are left for `export` to read.
     """
     if file is not None:
-        yield tasks_in(file, unread=True), None
+        yield TaskFile(file), None
         return
     assert project_id is not None
     with client_of(settings) as label_studio:

@@ -8,9 +8,11 @@ ratio      a click where the image is encoded for each click, as other backends 
            before. Both go through the whole backend but HTTP; the second finds the embedding in memory
 disk       encoding a tile to reading its embedding from disk
 batches    encoding four tiles one by one to encoding them in one batch: why pre-labels are not batched, or would be
-clients    sixteen clients, each clicking on a task of its own once in the time that --think single clicks take (30 of
-           60 ms: about every 2 s, so that the server is busy half of the time): the 95th percentile to the median of a
-           single client that clicks alone, in turn with the many. Real server, real HTTP
+clients    sixteen clients, each clicking on a task of its own at a moment of its own, once in the time that --think
+           single clicks take (30 of 60 ms: each about every 2 s, as a person who draws does at most; one processor is
+           busy half of the time). All wait for the slowest before the next round begins. The 95th percentile of their
+           answers to the median of a single client that makes the same clicks one after the other without a pause, in
+           turn with the many. Real server, real HTTP; clients and server share the machine
 mixups     --requests interleaved requests to a server of two workers, each answer checked against its own image
 
 ``sam_vit_b`` is measured with random weights: they take as long as Meta's. Goals: ``GOALS``.
@@ -226,7 +228,8 @@ def clients(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
         for turn in range(arguments.rounds):
             for number in range(arguments.clicks // 4):
-                click(number % len(tasks), 1000 * turn + number, alone, 0.0)
+                client = (number + turn * (arguments.clicks // 4)) % len(tasks)
+                click(client, 97 * turn + client, alone, 0.0)
             think_s = arguments.think * statistics.median(alone)
             waits = random.uniform(0.0, think_s, len(tasks))
             run_all(

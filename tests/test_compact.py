@@ -318,6 +318,23 @@ def test_a_scale_that_is_none_is_refused(segmenter, scale):
 # --- Part of a tile, and objects of every size ---
 
 
+def test_what_runs_out_of_the_first_window_is_looked_at_whole_and_adapted_to_once(
+    shipped: CompactSegmenter, monkeypatch: pytest.MonkeyPatch
+):
+    looked: list[int] = []
+    adapted: list[tuple[int, ...]] = []
+    look, adapt = CompactSegmenter._decode_window, compact._adapted
+    monkeypatch.setattr(
+        CompactSegmenter, "_decode_window", lambda self, *args: (looked.append(args[1].width), look(self, *args))[1]
+    )
+    monkeypatch.setattr(compact, "_adapted", lambda *args: (adapted.append(args[0].shape), adapt(*args))[1])
+    picture = np.full((512, 512, 3), (70, 90, 60), np.uint8)
+    picture[106:406, 106:406] = (190, 180, 170)
+    shipped.segment(shipped.embed(picture), click((256, 256, True)))
+    assert looked == [64, 96]
+    assert adapted == [(192, 192)]
+
+
 @pytest.mark.parametrize("window_xyxy", [(0, 0, 90, 70), (13, 21, 14, 22), (40, 3, 90, 70), (31, 30, 60, 47)])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_the_maps_of_a_part_are_part_of_the_maps(segmenter, window_xyxy, scale):

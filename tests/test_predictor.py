@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from backend.errors import Busy
 from backend.flight import Claims, FairPool, Gate, Replaced, Room, SingleFlight
 
 
@@ -96,6 +97,50 @@ def test_while_there_are_clicks_other_work_leaves_them_a_place():
     for thread in threads:
         thread.join(20)
     assert inside[1] == ("cold click", False)
+
+
+def test_who_looks_at_an_image_to_answer_a_click_leaves_the_answer_a_place():
+    gate, order = Gate(2), []
+
+    def cold_click(name: str) -> None:
+        with gate.entered(urgency=2, quick_follows=True):
+            order.append(f"{name} looks")
+            time.sleep(0.1)
+        with gate.entered(urgency=2, is_quick=True):
+            order.append(f"{name} answers")
+
+    def others() -> None:
+        with gate.entered():
+            order.append("another")
+
+    threads = started(lambda: cold_click("first"))
+    until(lambda: bool(order))
+    threads += started(lambda: cold_click("second"))
+    until(lambda: gate.waiting == 1)
+    threads += started(others)
+    for thread in threads:
+        thread.join(20)
+    # Never two of them at once beside the first, which would keep its answer out.
+    assert order.index("first looks") < order.index("first answers") < order.index("second answers")
+    assert order.index("second looks") < order.index("another")
+
+
+def test_all_claims_end_with_the_reason_those_to_come_too():
+    gate, claims, told = Gate(), Claims(), []
+
+    def wait_in_line() -> None:
+        with claims.made("task") as claim, pytest.raises(Busy) as error, gate.entered(claim=claim):
+            pytest.fail("entered")
+        told.append(str(error.value))
+
+    with gate.entered():
+        threads = started(wait_in_line)
+        until(lambda: gate.waiting == 1)
+        claims.end_all(Busy("stopped"))
+        threads[0].join(20)
+    assert told == ["stopped"]
+    with claims.made("task") as newer, pytest.raises(Busy):
+        newer.check()
 
 
 def test_quick_work_goes_before_long_work_that_is_as_urgent_and_came_first():

@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -439,53 +440,77 @@ def test_label_studio_takes_masks_and_boxes_as_predictions(serve, label_studio: 
 SERVER = """
 import sys, time
 sys.path.insert(0, {repository!r})
-from backend.server import serve
+from backend import server
 from backend.settings import Settings
 from tests.fakes import BrightSegmenter
 
 class Slow(BrightSegmenter):
+    threads = 2
+
+    def use_threads(self, count):
+        pass
+
     def embed(self, image_rgb):
         with open({journal!r}, "a") as file:
             file.write("embedded\\n")
-        time.sleep(0.7)
+        time.sleep({seconds})
         return super().embed(image_rgb)
 
-serve(Settings.from_environment(), segmenter=Slow())
+server.GRACE_S, server.ANSWERS_WITHIN_S = {grace_s}, {grace_s} - 4
+server.serve(Settings.from_environment(), segmenter=Slow())
 """
 
 
 def posted(port: int, body: dict[str, Any]) -> Any:
+    answer = answered(port, body)
+    assert answer.status == 200, answer.reason
+    return json.loads(answer.body)["results"]
+
+
+@dataclass(frozen=True)
+class Answered:
+    status: int
+    reason: str
+    body: bytes
+
+
+def answered(port: int, body: dict[str, Any]) -> Answered:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.request("POST", "/predict", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
-        assert answer.status == 200, answer.reason
-        return json.loads(answer.read())["results"]
+        return Answered(answer.status, answer.reason, answer.read())
+
+
+@contextmanager
+def served(folder: Path, *, workers: int, seconds: float, grace_s: int = 100) -> Iterator[tuple[Any, int, Path]]:
+    """A server whose segmenter takes that long for each image: its process, its port, a file with a line an image."""
+    port, journal = free_port(), folder / "embedded.txt"
+    code = SERVER.format(repository=str(REPOSITORY), journal=str(journal), seconds=seconds, grace_s=grace_s)
+    environment = {
+        **os.environ, "PORT": str(port), "WORKERS": str(workers), "THREADS": "8", "GEOPRELABEL_DATA_DIR": str(folder),
+    }  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log, cwd=REPOSITORY)
+
+    def is_up() -> bool:
+        try:
+            return bool(posted(port, asked(image_task(0), prompts=[])))
+        except OSError:
+            return False
+
+    try:
+        deadline = time.monotonic() + 90
+        while not is_up():
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield server, port, journal
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_two_workers_share_embeddings_and_a_stopped_server_answers_what_it_has(tmp_path: Path):
-    port, journal = free_port(), tmp_path / "embedded.txt"
-    code = SERVER.format(repository=str(REPOSITORY), journal=str(journal))
-    environment = {
-        **os.environ,
-        "PORT": str(port),
-        "WORKERS": "2",
-        "THREADS": "8",
-        "GEOPRELABEL_DATA_DIR": str(tmp_path),
-    }
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log, cwd=REPOSITORY)
-    try:
-
-        def is_up() -> bool:
-            try:
-                return bool(posted(port, asked(image_task(0), prompts=[])))
-            except OSError:
-                return False
-
-        deadline = time.monotonic() + 90
-        while not is_up():
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.05)
+    with served(tmp_path, workers=2, seconds=0.7) as (server, port, journal):
         known = image_task(1)
         assert posted(port, asked(known, prompts=[click(30, 30)]))[0]["result"]
         assert journal.read_text().count("embedded") == 1
@@ -501,6 +526,21 @@ def test_two_workers_share_embeddings_and_a_stopped_server_answers_what_it_has(t
             assert len(one.result(60)[0]["result"]) == 1
             assert [len(item["result"]) for item in many.result(60)] == [1, 1]
         assert server.wait(30) == 0
-    finally:
-        server.kill()
-        server.wait()
+
+
+def test_who_cannot_be_answered_before_the_server_ends_is_told_to_ask_again(tmp_path: Path):
+    with served(tmp_path, workers=1, seconds=4, grace_s=10) as (server, port, journal), ThreadPoolExecutor(6) as pool:
+        clicks = [pool.submit(answered, port, asked(image_task(n), prompts=[click(30, 30)])) for n in (1, 2, 3)]
+        # Who clicks has one image looked at after the other: after six seconds the second is not done yet.
+        until(lambda: journal.exists())
+        many = pool.submit(answered, port, asked(image_task(4), image_task(5)))
+        opened = pool.submit(answered, port, asked(image_task(6)))
+        time.sleep(0.5)
+        begun = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        told = [each.result(60) for each in (*clicks, many, opened)]
+        assert time.monotonic() - begun < 10
+        assert server.wait(30) == 0
+    assert sorted(one.status for one in told[:3]) == [200, 503, 503]
+    assert all("stopped" in one.reason for one in told[:3] if one.status == 503)
+    assert [json.loads(one.body)["results"] for one in told[3:]] == [[[], []], [[]]]
