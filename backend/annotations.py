@@ -265,9 +265,13 @@ def plain_outlines(
         return None
     if to_name is not None and any(outline.to_name != to_name for outline in outlines):
         return None
-    if any(outline.meta.get("object") for outline in outlines if isinstance(outline.meta, dict)):
+    if any([outline.meta and _is_part(outline.meta) for outline in outlines]):
         return None
     return outlines if len({outline.id for outline in outlines}) == len(outlines) else None
+
+
+def _is_part(meta: Any) -> bool:
+    return isinstance(meta, dict) and bool(meta.get("object"))
 
 
 def results_of(annotation: Mapping[str, Any]) -> Any:
@@ -346,45 +350,93 @@ _any_tasks: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder()
 _thin_tasks = msgspec.json.Decoder(list[_Task])
 
 
+class TaskFile:
+    """The tasks of a ``tasks.json`` or a Label Studio export, one after the other, as often as they are asked for.
+
+    Annotations' results are left as they came, as ``msgspec.Raw``, which `plain_outlines` and `results_of` read; what
+    no export needs is left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises BadRequest naming what is wrong with the file."""
+        return tasks_in(self.path, unread=True)
+
+    def texts(self) -> Iterator[bytes]:
+        """The file in parts of whole tasks, for `tasks_of`. Raises BadRequest."""
+        with _readable(self.path):
+            for text, is_cut in _texts_in(self.path):
+                yield text
+                if is_cut:
+                    raise BadRequest(f"{self.path} is not JSON: its list of tasks does not end")
+
+    def tasks_of(self, text: bytes, first: int) -> Iterator[dict[str, Any]]:
+        """The tasks of a part, of which the first has that number. Raises BadRequest."""
+        with _readable(self.path):
+            yield from _tasks_of(text, first, self.path, _thin_tasks)
+
+
 def tasks_in(path: Path, *, unread: bool = False) -> Iterator[dict[str, Any]]:
     """The tasks of a ``tasks.json`` or a Label Studio export, one after the other, without reading the file whole.
 
     ``unread`` leaves annotations' results as they came, as ``msgspec.Raw``, which `plain_outlines` and `results_of`
     read; and leaves out what no export needs. Raises BadRequest naming what is wrong with it.
     """
+    number = 0
+    with _readable(path):
+        for text, is_cut in _texts_in(path):
+            for task in _tasks_of(text, number, path, _thin_tasks if unread else _any_tasks):
+                yield task
+                number += 1
+            if is_cut:
+                raise BadRequest(f"{path} is not JSON: expected a comma after task number {number - 1}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says in a BadRequest what is wrong with the file."""
     try:
-        with path.open("rb") as file:
-            text = b""
-            while not text and (chunk := file.read(_CHUNK_BYTES)):
-                text = chunk.lstrip(_BLANK)
-            if text[:1] != b"[":
-                kind = f"text that begins with {text[:1].decode(errors='replace')!r}" if text else "nothing"
-                raise BadRequest(f"{path} must hold a list of Label Studio tasks, got {kind}")
-            text, number, is_closed = text[1:], 0, False
-            while not is_closed:
-                end, is_closed = _whole_tasks(text)
-                is_cut = False
-                if not end and not is_closed:
-                    # As much again as was not enough: a long task is not looked at over and over.
-                    chunk = file.read(max(_CHUNK_BYTES, len(text)))
-                    if chunk:
-                        text += chunk
-                        continue
-                    end, is_cut = len(text), True
-                for task in _decoded(text[:end], number, path, _thin_tasks if unread else _any_tasks):
-                    if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
-                        raise BadRequest(f"{path}: task number {number} has no data object")
-                    yield task
-                    number += 1
-                if is_cut:
-                    raise BadRequest(f"{path} is not JSON: expected a comma after task number {number - 1}")
-                text = text[end:]
+        yield
     except FileNotFoundError as error:
         raise BadRequest(f"{path} is not there") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"{path} is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest(f"{path} is nested too deeply to be Label Studio's JSON") from error
+
+
+def _texts_in(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """The inside of the file's list in parts of whole tasks; and whether the file ends before the list does."""
+    with path.open("rb") as file:
+        text = b""
+        while not text and (chunk := file.read(_CHUNK_BYTES)):
+            text = chunk.lstrip(_BLANK)
+        if text[:1] != b"[":
+            kind = f"text that begins with {text[:1].decode(errors='replace')!r}" if text else "nothing"
+            raise BadRequest(f"{path} must hold a list of Label Studio tasks, got {kind}")
+        text, is_closed = text[1:], False
+        while not is_closed:
+            end, is_closed = _whole_tasks(text)
+            is_cut = False
+            if not end and not is_closed:
+                # As much again as was not enough: a long task is not looked at over and over.
+                chunk = file.read(max(_CHUNK_BYTES, len(text)))
+                if chunk:
+                    text += chunk
+                    continue
+                end, is_cut = len(text), True
+            yield text[:end], is_cut
+            text = text[end:]
+
+
+def _tasks_of(text: bytes, number: int, path: Path, decoder: msgspec.json.Decoder[Any]) -> Iterator[dict[str, Any]]:
+    for task in _decoded(text, number, path, decoder):
+        if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
+            raise BadRequest(f"{path}: task number {number} has no data object")
+        yield task
+        number += 1
 
 
 def _whole_tasks(text: bytes) -> tuple[int, bool]:

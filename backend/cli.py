@@ -45,7 +45,11 @@ weights_app = typer.Typer(help="Segment Anything's checkpoints.", no_args_is_hel
 app.add_typer(weights_app, name="weights")
 
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of this machine that share the work; empty: this process alone.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Processes of this machine that share the work; 0: this one alone; empty: one a core, if tiles are many.",
+    ),
 ]
 Scheduler = Annotated[
     str | None, typer.Option(help="Or the workers of a Dask cluster, by its scheduler: tcp://host:8786.")
@@ -395,20 +399,21 @@ def predict(
         if project is not None:
             label_studio = stack.enter_context(client_of(settings))
             found = label_studio.project(project)
+            count = int(found.get("task_number") or 0)
             job = Job(found["label_config"], project_key_of(found))
-            crew = stack.enter_context(_crew(settings, job, workers, batch))
+            crew = stack.enter_context(_crew(settings, job, workers, count, batch))
             report = predict_project(
                 label_studio, project, crew.predict, version=crew.version, fingerprint=crew.fingerprint,
                 kept=settings.data_dir / "bulk" / f"{job.project}.jsonl",
-                progress=stack.enter_context(_bar("predicting", None)),
+                progress=stack.enter_context(_bar("predicting", count or None)),
             )  # fmt: skip
             show_scores(label_studio, project, crew.version)
         else:
             assert tasks is not None  # checked above
             assert out is not None
-            count = sum(1 for _ in tasks_in(tasks))
+            count = sum(1 for _ in tasks_in(tasks, unread=True))
             job = Job(_config(config))
-            crew = stack.enter_context(_crew(settings, job, workers, batch))
+            crew = stack.enter_context(_crew(settings, job, workers, count, batch))
             report = predict_to_file(
                 lambda: tasks_in(tasks), out, crew.predict, fingerprint=crew.fingerprint, keep_blocks=keep_blocks,
                 progress=stack.enter_context(_bar("predicting", count)),
@@ -425,28 +430,40 @@ def predict(
 
 
 @contextmanager
-def _crew(settings: Settings, job: Job, workers: int | None, batch: int = 1) -> Iterator[Crew]:
+def _crew(settings: Settings, job: Job, workers: int | None, tasks: int, batch: int = 1) -> Iterator[Crew]:
     """Who predicts: this process, so many of this machine, or the cluster that settings name."""
     from . import cluster
 
-    if workers is None and not settings.dask_scheduler:
-        with cluster.in_process(settings, job) as crew:
-            yield crew
-        return
-    with _dask(settings, workers) as client:
+    with _dask(settings, workers, tasks) as client:
+        if client is None:
+            with cluster.in_process(settings, job) as crew:
+                yield crew
+            return
         resources = cluster.resources_of(settings.dask_resources)
         with cluster.on_workers(client, job, resources=resources, batch=batch) as crew:
             yield crew
 
 
 @contextmanager
-def _dask(settings: Settings, workers: int | None) -> Iterator[Client]:
-    """Dask's client; its dashboard is told to people."""
+def _dask(settings: Settings, workers: int | None, tasks: int) -> Iterator[Client | None]:
+    """Dask's client, None where this process is to work alone; people are told who works, and of the dashboard."""
     from . import cluster
 
-    held = cluster.local(workers, cores=settings.cores) if workers else cluster.remote(settings.dask_scheduler)
+    if workers is None and settings.dask_scheduler:
+        who, held = f"the workers of {settings.dask_scheduler}", cluster.remote(settings.dask_scheduler)
+    else:
+        count = cluster.processes_for(settings, tasks) if workers is None else workers
+        if not count:
+            yield None
+            return
+        who = f"{count} processes of this machine" if count > 1 else "a process of this machine"
+        # On a GPU the second task is fetched and traced while the first one is there.
+        held = cluster.local(
+            count, cores=settings.cores, threads=1 if settings.device == "cpu" else 2,
+            resources=cluster.resources_of(settings.dask_resources),
+        )  # fmt: skip
     with held as client:
-        err.print(f"dashboard: {client.dashboard_link}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"{who}; dashboard: {client.dashboard_link}", markup=False, highlight=False, soft_wrap=True)
         yield client
 
 
@@ -479,21 +496,21 @@ def prewarm(
         if project is not None:
             label_studio = stack.enter_context(client_of(settings))
             found = label_studio.project(project)
-            listed, count = label_studio.tasks(project), None
+            listed, count = label_studio.tasks(project), int(found.get("task_number") or 0)
             job = cluster.Job(found["label_config"], project_key_of(found))
         else:
             assert tasks is not None  # checked above
-            listed, count = tasks_in(tasks), sum(1 for _ in tasks_in(tasks))
+            listed, count = tasks_in(tasks), sum(1 for _ in tasks_in(tasks, unread=True))
             job = cluster.Job(_config(config))
-        if workers or settings.dask_scheduler:
-            client = stack.enter_context(_dask(settings, workers))
+        client = stack.enter_context(_dask(settings, workers, count))
+        if client is not None:
             warming: Iterable[bool | None] = cluster.warm_tasks(client, settings, job, listed)
         else:
             service = Service(settings)
             service.predictor.start()
             stack.callback(service.close)
             warming = service.warm_tasks(listed, job.label_config, job.project)
-        show = stack.enter_context(_bar("embedding", count))
+        show = stack.enter_context(_bar("embedding", count or None))
         for outcome in warming:
             outcomes.append(outcome)
             show(len(outcomes))
@@ -673,6 +690,9 @@ def export(
     edits: Annotated[
         Path | None, typer.Option(help="A .gpkg of an earlier export, edited in QGIS: its edits count, by id.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that share the work; 0: one a core, 4 at most, where a file is large.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Reviewed annotations as vectors on Earth (EPSG:4326), valid, and whole across tile borders.
@@ -680,7 +700,7 @@ def export(
     Example: geoprelabel export --project 3 --out buildings.geojson
     """
     from .edits import read_edits
-    from .export import ExportOptions
+    from .export import ExportOptions, workers_for
     from .export import export as run
     from .service import annotated_tasks, task_images
 
@@ -708,6 +728,7 @@ def export(
             report_path=report,
             image_of=image_of,
             edits=changed,
+            workers=workers or workers_for(annotations, cores=settings.cores),
         )
     _print(asdict(done), as_json, done.sentence())
 

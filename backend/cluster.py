@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import re
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -58,11 +60,30 @@ _CONNECT_S = 10.0
 _FIRST_ANSWER_S = 600.0
 """A cluster that grows on demand may first have to get a machine, and that one to load the model."""
 
-_CACHE_MB = 32
+_CACHE_MB = 16
 """Of embeddings, and of images, in memory: nobody comes back to a tile of a bulk run."""
 
-_SCENE_CACHE_BYTES = 128 * 2**20
+_SCENE_CACHE_BYTES = 64 * 2**20
 """Of GDAL's blocks, where tiles are made on demand: the next row of tiles needs some of this one's again."""
+
+_LOCAL_FROM_TASKS = 48
+"""From so many tasks on, processes of `local` pay: their start and end take about 20 s of processor time beside the
+model's own, a task half a second, and this process alone keeps its cores two thirds busy."""
+
+_WORKER_BYTES = {"compact": 2**30}
+_SAM_WORKER_BYTES = 4 * 2**30
+_CLIENT_BYTES = 2**29
+"""What a process of `local` may come to hold on large tiles, by its model, and what the one that leads them does."""
+
+_HEAP = {"MALLOC_TRIM_THRESHOLD_": 2**26, "MALLOC_MMAP_THRESHOLD_": 2**25}
+"""In bytes, of the C library. Dask has it give back every 64 kB that are free, and ask for a tile's 160,000 pages anew:
+twice the processor time."""
+
+_PRELOADED = [
+    *(__name__, "distributed.nanny", "backend.compact", "scipy.sparse.csgraph", "scipy.spatial"),
+    *("scipy.ndimage", "skimage.morphology", "skimage.segmentation"),
+]
+"""What each process of `local` needs: imported once, and in memory once."""
 
 _interrupted = threading.Event()
 """Ctrl-C was typed. Python drops what an interrupt raises inside a ``__del__``, and the futures of Dask have one."""
@@ -159,30 +180,66 @@ def opened(client: Client, job: Job, *, resources: Mapping[str, float] | None = 
     return replace(job, version=version, fingerprint=fingerprint)
 
 
+def processes_for(settings: Settings, tasks: int) -> int:
+    """How many processes of `local` are worth starting for so many tasks; 0: this one does better alone.
+
+    One a core, as far as the memory that is free now, and that a container may have, allows each its `_WORKER_BYTES`.
+    On a GPU one, which dies of a bad tile in this one's place.
+    """
+    if tasks < _LOCAL_FROM_TASKS:
+        return 0
+    if settings.device != "cpu":
+        return 1
+    from dask.system import CPU_COUNT
+
+    have_room = (_free_bytes() - _CLIENT_BYTES) // _WORKER_BYTES.get(settings.segmenter, _SAM_WORKER_BYTES)
+    most = min(settings.cores, CPU_COUNT, have_room)
+    return most if most > 1 else 0
+
+
+def _free_bytes() -> int:
+    """Memory that this machine has left, at most what a container may have."""
+    from distributed.system import MEMORY_LIMIT
+
+    with suppress(OSError):
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return min(int(MEMORY_LIMIT), int(found[1]) * 1024)
+    return int(MEMORY_LIMIT)
+
+
 @contextmanager
-def local(workers: int, *, cores: int) -> Iterator[Client]:
-    """So many processes of this machine, which share its cores and its memory."""
+def local(
+    workers: int, *, cores: int, threads: int = 1, resources: Mapping[str, float] | None = None
+) -> Iterator[Client]:
+    """So many processes of this machine, which share its cores and its memory, with ``threads`` tasks at a time each.
+
+    ``resources`` are what a task will ask for, which they all have.
+    """
     import dask
     from distributed import Client, LocalCluster
 
-    threads = max(1, cores // workers)
+    # Which it puts back when it is imported: what it says of its own would drown the progress bar.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    share = max(1, cores // workers)
+    # Libraries that each take all cores for a tile take them from each other.
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share) | _HEAP
     preload = dask.config.get("distributed.worker.preload")
-    config = {
-        # Libraries that each take all cores for a tile take them from each other.
-        f"distributed.nanny.pre-spawn-environ.{name}": threads
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    } | {
+    config = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in environment.items()} | {
         "distributed.scheduler.allowed-failures": 1,
+        # It stops a tile's threads every 10 ms to look where they are, which is a quarter of the tile's time.
+        "distributed.worker.profile.enabled": False,
         # Or a worker that died and is not back within 15 s never comes back: after the last one the run stands still.
         "distributed.deploy.lost-worker-timeout": "1000h",
         "distributed.worker.preload": [*([preload] if isinstance(preload, str) else preload), __name__],
+        "distributed.worker.multiprocessing-method": _forking(environment),
     }
     with dask.config.set(config):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Port .* is already in use")  # another one is taken, and told
             made = LocalCluster(
                 n_workers=workers,
-                threads_per_worker=1,
+                threads_per_worker=threads,
+                resources={name: amount * threads for name, amount in (resources or {}).items()},
                 processes=True,
                 # TLS with a key that only these processes have: everybody with an account here could connect, else.
                 security=True,
@@ -193,9 +250,42 @@ def local(workers: int, *, cores: int) -> Iterator[Client]:
             yield client
 
 
+def _forking(environment: Mapping[str, int]) -> str:
+    """How Dask is to start processes. On Linux as forks of one that has imported everything, once for all of them.
+
+    Their pages are shared as long as nobody writes to them, and one that died is back at once.
+    """
+    if sys.platform != "linux":
+        return "spawn"
+    import distributed.utils
+
+    # Else Dask adds modules to the list, and imports them here too.
+    distributed.utils._forkserver_preload_set = True
+    for name, value in environment.items():
+        os.environ.setdefault(name, str(value))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    if threading.current_thread() is threading.main_thread():
+        # Ctrl-C goes to all processes, and the one that was typed ends them.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return "forkserver"
+
+
 def dask_setup(worker: Any) -> None:
     """Dask calls this in each process of `local`: Ctrl-C goes to all of them, and the one that was typed ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def dask_teardown(worker: Any) -> None:
+    """Dask calls this where such a process ends in order: threads of the service would hold it up."""
+    global _service
+    with _service_lock:
+        if _service is not None:
+            _service.close()
+            _service = None
 
 
 @contextmanager

@@ -12,15 +12,17 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import shapely
@@ -30,16 +32,17 @@ from shapely.geometry.base import BaseGeometry
 
 from . import annotations as drawn
 from . import labelstudio
-from .annotations import Making, PlainOutline, Predicted, is_damage, is_repair
+from .annotations import Making, PlainOutline, Predicted, TaskFile, is_damage, is_repair
 from .datasets import KINDS, FileNames, Picture, SceneFeatures, check_name, write_dataset
 from .earth import Area, Lineage, area_of, checked_lineage, lineage_record, versions
 from .edits import Edit, Edits
-from .errors import BadRequest, BadTile, ExportError
-from .formats import FIELDS, Batch, Coded, Remark, check_ending, write, write_text
+from .errors import BackendError, BadRequest, BadTile, ExportError
+from .formats import BETWEEN, FIELDS, Batch, Coded, FeatureText, Remark, check_ending, write, write_text
 from .ground import lonlat_outlines, outline_areas_m2
+from .hands import Hands
 from .labelstudio import LabelConfig
 from .report import Conflict, ExportReport, report_page
-from .rings import Outlines, Rings
+from .rings import IntArray, Outlines, Rings, runs
 from .seams import Pieces, View, WholeObjects, near_pairs, seen, seen_rings, views_of, whole_objects
 from .sketch import ImageOf, Repair, Sketch, area_change
 from .spool import Spool
@@ -56,6 +59,15 @@ _MIN_CONFLICT = 0.5
 """Share of the smaller of two features of different labels that must lie on the other to be called a conflict."""
 
 _BATCH_OUTLINES = 4096
+
+_LARGE_FILE_BYTES = 60_000_000
+"""Files above this are worth the seconds that it takes to start processes: some 150,000 outlines."""
+
+_MOST_WORKERS = 4
+"""More than these wait for the process that joins what they made."""
+
+_MANY_SCENES = 256
+"""Scenes, of those that came last, that others who read are told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,12 @@ class ExportOptions:
             raise ExportError(f"simplify_px must be 0 to 100 pixels, got {self.simplify_px}")
 
 
+def workers_for(file: Path | None, *, cores: int) -> int:
+    """How many processes an export of that file of tasks is worth; one for tasks that come from Label Studio."""
+    is_large = file is not None and file.is_file() and file.stat().st_size > _LARGE_FILE_BYTES
+    return min(cores, _MOST_WORKERS) if is_large else 1
+
+
 def export(
     tasks: Iterable[Mapping[str, Any]],
     out: Path,
@@ -102,12 +120,14 @@ def export(
     report_path: Path | None = None,
     image_of: ImageOf | None = None,
     edits: Edits | None = None,
+    workers: int = 1,
 ) -> ExportReport:
     """Write the annotations of Label Studio's JSON tasks as features in EPSG:4326; the ending of ``out`` says how.
 
     ``label_config`` is the project's, where known: it tells prompts from regions. ``report_path`` takes the report as
     an HTML page, with the tiles as ``image_of`` fetches them. ``edits`` made in a desktop GIS count more
-    than annotations. The file appears whole or not at all. Raises ExportError
+    than annotations. ``workers`` processes share the work, and the file is the same to the byte; they read
+    the tasks too where those come as a `TaskFile`. The file appears whole or not at all. Raises ExportError
     where no task has both a place and an annotation, where an outline is invalid and ``on_invalid`` is ``error``, and
     where a CRS cannot be left exactly.
     """
@@ -121,6 +141,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_settled())
+        # Reports and desktop edits look at single features, and datasets at single tiles.
+        is_shared = workers > 1 and not (options.format or report_path or edits)
+        hands = stack.enter_context(_hands(workers)) if is_shared else None
         rings, shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(5))
         store = _Store(rings, shapes, regions, makings, joined)
         tally = _Tally(sketch=Sketch() if report_path is not None else None)
@@ -130,8 +153,11 @@ def export(
                 tally.dropped[pointless] += lost
             edits = edits.of_outlines()
         reader = _Reader(options, config, store, tally, pointless=pointless)
-        for task in tasks:
-            reader.read(task)
+        if isinstance(tasks, TaskFile):
+            _read_file(tasks, reader, hands)
+        else:
+            for task in tasks:
+                reader.read(task)
         scenes = reader.finish()
         if not scenes:
             raise ExportError(_why_nothing(tally))
@@ -139,7 +165,8 @@ def export(
             scene.lineage = checked_lineage(scene.anchor, scene.area(), allow_ballpark=options.allow_ballpark)
         lineages = _ways_out([scene.lineage for scene in scenes if scene.lineage])
         pending = _Edits(edits, scenes)
-        written = _write(scenes, store, out, options, config, tally, lineage_record(lineages, made_at=made_at), pending)
+        record = lineage_record(lineages, made_at=made_at)
+        written = _write(scenes, store, out, options, config, tally, record, pending, hands)
     pending.finish(tally)
     report = ExportReport(
         out=out,
@@ -175,6 +202,18 @@ def _pointless(kind: str) -> str:
 
 
 @contextmanager
+def _hands(workers: int) -> Iterator[Hands]:
+    """That many processes. Raises ExportError where one of them was ended."""
+    try:
+        with Hands(workers) as hands:
+            yield hands
+    except BrokenProcessPool as error:
+        raise ExportError(
+            "a process that shares the export was ended, perhaps for want of memory; run it again with fewer --workers"
+        ) from error
+
+
+@contextmanager
 def _settled() -> Iterator[None]:
     """What is in memory before is not searched for garbage while much comes and goes: a sixth of the time."""
     if gc.get_freeze_count():
@@ -207,6 +246,17 @@ class _Tally:
     label_area_m2: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     chosen: Counter[str] = field(default_factory=Counter)
     sketch: Sketch | None = None
+
+    def add(self, other: _Tally) -> None:
+        """Count what was read elsewhere, after what was counted so far."""
+        self.tasks += other.tasks
+        self.annotations += other.annotations
+        self.regions += other.regions
+        self.repaired += other.repaired
+        for own, its in ((self.dropped, other.dropped), (self.refused, other.refused), (self.chosen, other.chosen)):
+            own.update(its)
+        for what, place in zip(other.findings, other.places, strict=True):
+            self.find(what, place)
 
     def find(self, what: str, place: _Place) -> None:
         if len(self.findings) < _MAX_FINDINGS:
@@ -345,6 +395,11 @@ class _Store:
 
     ids_are_numbers: bool = True
 
+    @property
+    def spools(self) -> tuple[Spool, ...]:
+        """What is filled by reading."""
+        return self.rings, self.shapes, self.regions, self.makings
+
     def number_of(self, text: str) -> int:
         return self.texts.setdefault(text, len(self.texts))
 
@@ -416,11 +471,15 @@ class _Reader:
     ) -> None:
         """``pointless`` says why the file has no points; empty where it has."""
         self._pointless = pointless
+        self.plan = options, config, pointless
         self._options = options
         self._config = config
         self._store = store
         self._tally = tally
-        self._scenes: dict[tuple[str, str], _Scene] = {}
+        self._scenes: dict[_Key, _Scene] = {}
+        self.anchors: dict[_Key, Tile] = {}
+        """First tiles of scenes, also of those that came elsewhere."""
+
         self._waiting: dict[int, list[tuple[_Source, list[PlainOutline] | list[_Outline]]]] = {}
         self._under_way = 0
 
@@ -444,8 +503,7 @@ class _Reader:
             self._tally.chosen[_why_chosen(annotation, self._options)] += 1
         makings = [self._store.add_making(drawn.making_of(annotation, task)) for annotation in chosen]
         for to_name, tile in tiles:
-            key = (tile.scene, str(tile.crs))
-            scene = self._scenes.setdefault(key, _Scene(tile, tile.scene.encode(errors="replace").decode()))
+            scene = self._scene(tile)
             view = scene.view(tile, addresses[to_name], task.get("id"))
             for annotation, making in zip(chosen, makings, strict=True):
                 predicted = Predicted.on(task, annotation)
@@ -458,9 +516,46 @@ class _Reader:
             self._store_waiting()
 
     def finish(self) -> list[_Scene]:
-        """Scenes with what was drawn on them, in the order in which they came."""
+        """Scenes with what was drawn on them so far, in the order in which they came."""
         self._store_waiting()
         return list(self._scenes.values())
+
+    def take(self, part: _Part) -> bool:
+        """Go on from what was read elsewhere; False, and nothing is taken, where it began a scene with another tile."""
+        anchors = [scene.anchor for scene in part.scenes]
+        if any(self.anchors.get(_key(anchor), anchor) != anchor for anchor in anchors):
+            return False
+        store = self._store
+        firsts = [len(spool) for spool in store.spools]
+        first_ring, first_shape, first_region, first_making = firsts
+        for spool, whole in zip(store.spools, part.spools, strict=True):
+            spool.extend(*whole)
+        # The last stands for −1, an unknown version.
+        texts = np.array([*map(store.number_of, part.texts), -1], np.int32)
+        store.ids_are_numbers &= part.ids_are_numbers
+        for theirs in part.scenes:
+            scene = self._scene(theirs.anchor)
+            for rows in theirs.outlines:
+                rows["number"] += first_region
+                rows["shape"] += np.where(rows["is_ring"], first_ring, first_shape)
+                rows["annotation"] += first_making
+                rows["task"] += self._tally.tasks
+                rows["view"] += len(scene.tiles)
+                rows["label"], rows["version"] = texts[rows["label"]], texts[rows["version"]]
+            scene.outlines += theirs.outlines
+            scene.tiles += theirs.tiles
+            scene.addresses += theirs.addresses
+            scene.settle()
+        self._tally.add(part.tally)
+        return True
+
+    def _scene(self, tile: Tile) -> _Scene:
+        """The scene that the tile is of."""
+        key = _key(tile)
+        if key not in self._scenes:
+            anchor = self.anchors.setdefault(key, tile)
+            self._scenes[key] = _Scene(anchor, anchor.scene.encode(errors="replace").decode())
+        return self._scenes[key]
 
     def _careful(self, source: _Source, annotation: Mapping[str, Any]) -> list[_Outline]:
         """An annotation's objects, each looked at on its own, and what was wrong with them."""
@@ -568,7 +663,7 @@ class _Reader:
             if outlines and isinstance(outlines[0], _Outline):
                 careful += [(len(plain), outline) for outline in outlines if isinstance(outline, _Outline)]
             elif outlines:
-                plain += [outline for outline in outlines if isinstance(outline, PlainOutline)]
+                plain += cast(list[PlainOutline], outlines)
                 sources.append(source)
                 sizes.append(len(outlines))
         rings, ring_at = _rings_px(plain, sources, sizes)
@@ -663,6 +758,79 @@ class _Reader:
         return rows
 
 
+_Key = tuple[str, str]
+"""Of a scene: its name and CRS."""
+
+
+def _key(tile: Tile) -> _Key:
+    return tile.scene, str(tile.crs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What was read of some tasks in another process."""
+
+    scenes: list[_Scene]
+    """Without their views."""
+
+    spools: list[tuple[bytes, NDArray[np.int64]]]
+    texts: list[str]
+    ids_are_numbers: bool
+    tally: _Tally
+
+
+def _read_file(file: TaskFile, reader: _Reader, hands: Hands | None) -> None:
+    """Take the file's tasks in, part by part, alone or with others."""
+    first = 0
+
+    def read(text: bytes) -> None:
+        nonlocal first
+        for task in file.tasks_of(text, first):
+            reader.read(task)
+            first += 1
+        reader.finish()
+
+    if hands is None:
+        for text in file.texts():
+            read(text)
+        return
+    jobs = ((text, dict(islice(reversed(reader.anchors.items()), _MANY_SCENES))) for text in file.texts())
+    for (text, _), part in hands.map(partial(_read_part, file, reader.plan), jobs):
+        if part is not None and reader.take(part):
+            first += part.tally.tasks
+        else:
+            read(text)
+
+
+def _read_part(
+    file: TaskFile, plan: tuple[ExportOptions, LabelConfig | None, str], job: tuple[bytes, dict[_Key, Tile]]
+) -> _Part | None:
+    """What some tasks hold; ``job`` is their text and the first tiles of the scenes that are known.
+
+    None where that is for the process to find out that knows what came before.
+    """
+    options, config, pointless = plan
+    text, anchors = job
+    tally = _Tally()
+    with ExitStack() as stack:
+        stack.enter_context(_settled())
+        rings, shapes, regions, makings, joined = (
+            stack.enter_context(Spool(Path(tempfile.gettempdir()))) for _ in range(5)
+        )
+        store = _Store(rings, shapes, regions, makings, joined)
+        reader = _Reader(options, config, store, tally, pointless=pointless)
+        reader.anchors.update(anchors)
+        try:
+            for task in file.tasks_of(text, 0 if text.lstrip()[:1] != b"," else 1):
+                reader.read(task)
+            scenes = reader.finish()
+        except BackendError:
+            return None
+        for scene in scenes:
+            scene.views = []
+        return _Part(scenes, [spool.whole() for spool in store.spools], list(store.texts), store.ids_are_numbers, tally)
+
+
 def _rings_px(
     outlines: Sequence[PlainOutline], sources: Sequence[_Source], sizes: Sequence[int]
 ) -> tuple[Rings, NDArray[np.int64]]:
@@ -730,12 +898,14 @@ def _write(
     tally: _Tally,
     lineage: Mapping[str, Any],
     edits: _Edits,
+    hands: Hands | None,
 ) -> int:
     """Write the features of all scenes. Returns how many there are."""
     # What came over the wire may hold half characters, which no file can.
     texts = [text.encode(errors="replace").decode() for text in store.texts]
     remarks = [_remark(place) for place in tally.places]
-    by_scene = (_features_of(scene, store, texts, options, tally, remarks, edits) for scene in scenes)
+    between = BETWEEN.get(out.suffix.lower())
+    by_scene = (_features_of(scene, store, texts, options, tally, remarks, edits, hands, between) for scene in scenes)
     if not options.format:
         batches = (batch for features in by_scene for batch, _ in features)
         return write(
@@ -779,13 +949,27 @@ def _features_of(
     tally: _Tally,
     remarks: list[Remark],
     edits: _Edits,
+    hands: Hands | None,
+    between: str | None,
 ) -> Iterator[tuple[Batch, Outlines]]:
-    """The features of a scene with their outlines in its frame; after the last one its conflicts are in the tally."""
+    """The features of a scene with their outlines in its frame; after the last one its conflicts are in the tally.
+
+    ``between`` is what stands between features where the file is GeoJSON.
+    """
     rows = np.concatenate([*scene.outlines, np.empty(0, _OUTLINE)])
     scene.outlines.clear()
     watches = bool(edits.read) or len(np.unique(rows["label"])) > 1
     features = _Features(scene, rows, store, texts, edits, watch_conflicts=watches)
-    batches = (features.batch(objects, tally) for objects in _whole_objects(scene, rows, store, options, tally))
+    materials = (features.material(objects) for objects in _whole_objects(scene, rows, store, options, tally))
+    if hands is None:
+        made: Iterator[tuple[_Material, tuple[Batch, IntArray]]] = (
+            (material, features.maker.made(material)) for material in materials
+        )
+    else:
+        keep = frozenset({"label", "area_m2", *(("id", "tasks") if watches else ())})
+        work = features.maker.made if between is None else partial(features.maker.written, between, keep)
+        made = hands.map(work, materials)
+    batches = (features.batch(material, batch, left, tally) for material, (batch, left) in made)
     for batch, outlines_px in chain(batches, (features.drawn_on_desktop() for _ in range(1))):
         if not len(batch):
             continue
@@ -828,7 +1012,7 @@ def _whole_objects(
         is_whole=rows["is_whole"],
         is_sliver=rows["is_sliver"],
         views=scene.views,
-        fetch=lambda numbers: store.fetch(rows[numbers]).shapes,
+        fetch=lambda numbers: store.fetch(rows[numbers]),
     )
     for objects in whole_objects(pieces, simplify_px=options.simplify_px):
         tally.merged += int((objects.outlines > 1).sum())
@@ -852,36 +1036,38 @@ class _Features:
         self._scene = scene
         self._rows = rows
         self._store = store
-        self._texts = texts
-        self._area = scene.area()
         self._edits = edits
         self._watches = watch_conflicts
         self._labels: dict[str, int] = {}
         self._written: list[NDArray[Any]] = []
         self._first = len(store.joined)
+        self.maker = _Maker(scene.name, scene.anchor, scene.area(), texts, store.ids_are_numbers)
 
-    def batch(self, objects: WholeObjects, tally: _Tally) -> tuple[Batch, Outlines]:
-        """Features of objects, and their outlines in the scene's frame.
+    def material(self, objects: WholeObjects) -> _Material:
+        """What is known of objects."""
+        rows = self._rows[objects.members]
+        used, by = np.unique(rows["annotation"], return_inverse=True)
+        makings, regions = self._store.makings.read(used.astype(np.int64)), self._store.regions.read(rows["number"])
+        return _Material(self._outlines(objects), rows, objects.starts, makings, by, regions)
 
-        Those of which nothing is left on the grid of coordinates are counted.
+    def batch(self, material: _Material, batch: Batch, left: IntArray, tally: _Tally) -> tuple[Batch, Outlines]:
+        """Features as they are to be written, and their outlines in the scene's frame.
+
+        ``left`` are the objects of which something is left on the grid of coordinates; the others are counted.
         """
-        outlines_px = self._outlines(objects)
-        outlines = lonlat_outlines(outlines_px, self._scene.anchor, self._area)
-        lost = outlines.other_at[shapely.is_missing(outlines.others)]
-        if len(lost):
-            tally.dropped["smaller than the coordinates can tell"] += len(lost)
-            left = np.setdiff1d(np.arange(len(objects)), lost)
-            objects, outlines, outlines_px = objects.take(left), outlines.take(left), outlines_px.take(left)
-        columns = self._columns(objects)
+        outlines_px = material.outlines_px
+        if lost := len(outlines_px) - len(left):
+            tally.dropped["smaller than the coordinates can tell"] += lost
+            outlines_px = outlines_px.take(left)
         if self._edits.read:
-            listed = {name: list(values) for name, values in columns.items()}
-            geometry, shapes_px = outlines.shapes, outlines_px.shapes
+            listed = {name: list(values) for name, values in batch.columns.items()}
+            geometry, shapes_px = batch.geometry, outlines_px.shapes
             kept = self._edits.apply(self._scene, listed, geometry, shapes_px)
-            columns = {name: [values[i] for i in kept] for name, values in listed.items()}
             outlines, outlines_px = Outlines.of(geometry[kept]), Outlines.of(shapes_px[kept])
-        columns["area_m2"] = _areas_m2(outlines)
-        self._keep(outlines_px, columns)
-        return Batch(outlines, columns), outlines_px
+            columns: dict[str, Sequence[Any]] = {name: [values[i] for i in kept] for name, values in listed.items()}
+            batch = Batch(outlines, columns | {"area_m2": _areas_m2(outlines)})
+        self._keep(outlines_px, batch.columns)
+        return batch, outlines_px
 
     def _outlines(self, objects: WholeObjects) -> Outlines:
         """Outlines of objects, in the scene's frame."""
@@ -914,84 +1100,6 @@ class _Features:
         }
         self._keep(outlines_px, columns)
         return Batch(outlines, columns), outlines_px
-
-    def _columns(self, objects: WholeObjects) -> dict[str, Sequence[Any]]:
-        """All attributes but the area."""
-        store, texts = self._store, self._texts
-        rows, firsts = self._rows[objects.members], objects.starts[:-1]
-        used, by = np.unique(rows["annotation"], return_inverse=True)
-        makings = [Making(*values) for values in _json_lists(store.makings.read(used.astype(np.int64)))]
-        # What is the same for many features, as of one annotation, is put together once.
-        annotations, versions, edits = (column.tolist() for column in (by, rows["version"], rows["edited"]))
-        known: dict[tuple[Any, ...], int] = {}
-        shared: list[dict[str, Any]] = []
-
-        def shared_by(span: slice) -> int:
-            key = (tuple(annotations[span]), tuple(versions[span]), tuple(edits[span]))
-            if key not in known:
-                known[key] = len(shared)
-                shared.append(self._shared([makings[number] for number in dict.fromkeys(key[0])], *key[1:]))
-            return known[key]
-
-        kind = ((by * (len(texts) + 1) + rows["version"] + 1) * 3 + rows["edited"] + 1)[firsts]
-        _, some, which = np.unique(kind, return_index=True, return_inverse=True)
-        codes = np.array([shared_by(slice(at, at + 1)) for at in firsts[some].tolist()], np.int64)[which]
-        is_scored = ~np.isnan(rows["score"])
-        scores: list[float | None] = [None] * len(objects)
-        for at in np.flatnonzero(is_scored[firsts]).tolist():
-            scores[at] = float(rows["score"][firsts[at]])
-        used_labels, labels = np.unique(rows["label"][firsts], return_inverse=True)
-        heads = [f"{self._scene.name}\n{texts[number]}\n".encode(errors="replace") for number in used_labels.tolist()]
-        of_task = [f"{making.task}/".encode(errors="replace") for making in makings]
-        regions = store.regions.read(rows["number"])
-        begins = [head + task for head in heads for task in of_task]
-        begin = (labels * len(of_task) + by[firsts]).tolist()
-        hashed = [begins[number] + regions[first] for number, first in zip(begin, firsts.tolist(), strict=True)]
-        # Most features are made of one region, and for the others that is where to start.
-        starts, head_of, known_scores = objects.starts.tolist(), labels.tolist(), np.cumsum(is_scored).tolist()
-        has_more = np.diff(objects.starts) > 1
-        for at in np.flatnonzero(has_more | np.array([b"\0" in text for text in hashed], bool)).tolist():
-            span = slice(starts[at], starts[at + 1])
-            listed = zip(annotations[span], regions[span], strict=True)
-            lines = [of_task[number] + region for number, joined in listed for region in joined.split(b"\0")]
-            hashed[at] = heads[head_of[at]] + b"\n".join(sorted(lines))
-            if span.stop - span.start > 1:
-                codes[at] = shared_by(span)
-                if scores[at] is not None or known_scores[span.stop - 1] > known_scores[span.start]:
-                    scores[at] = _mean(rows["score"][span], rows["area_px"][span])
-        names = self._shared([], (), ())
-        return {
-            "id": _stable_ids(hashed),
-            "label": Coded([texts[number] for number in used_labels.tolist()], labels),
-            "score": scores,
-            **{name: Coded([values[name] for values in shared], codes) for name in names},
-        }
-
-    def _shared(self, makings: Sequence[Making], versions: Iterable[int], edits: Iterable[int]) -> dict[str, Any]:
-        """What the outlines that make a feature say of it together: their annotations, and their own numbers."""
-        named = {self._texts[number] for number in versions if number >= 0}
-        return {
-            **self._made(makings),
-            "scene": self._scene.name,
-            "model_version": ", ".join(sorted(filter(None, named))) or None,
-            "edited": _any_edit([None if edited < 0 else edited > 0 for edited in edits]),
-        }
-
-    def _made(self, makings: Sequence[Making]) -> dict[str, Any]:
-        """What several annotations together say of a feature."""
-        leads = [making.lead_time_s for making in makings if making.lead_time_s is not None]
-        return {
-            "annotators": _distinct(making.annotator for making in makings),
-            "tasks": self._ids(making.task for making in makings),
-            "annotations": self._ids(making.annotation for making in makings),
-            "lead_time_s": sum(leads) if leads else None,
-            "created": min((making.created for making in makings if making.created), default=None),
-            "updated": max((making.updated for making in makings if making.updated), default=None),
-        }
-
-    def _ids(self, values: Iterable[Any]) -> list[Any]:
-        found = _distinct(values)
-        return found if self._store.ids_are_numbers else [str(value) for value in found]
 
     def _keep(self, outlines_px: Outlines, columns: Mapping[str, Any]) -> None:
         """Remember what was written, since it may conflict with what comes."""
@@ -1047,6 +1155,140 @@ class _Features:
                 reason = f"{first} and {second} cover the same ground ({share[at]:.0%} of the smaller)"
                 tasks = ", ".join(map(str, conflict.tasks))
                 remarks.append(Remark(shapely.Point(conflict.lonlat), reason, tasks, ", ".join(conflict.ids)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Material:
+    """Some objects, and all that is known of them."""
+
+    outlines_px: Outlines
+    """In the scene's frame, N."""
+
+    rows: NDArray[Any]
+    """Records of the outlines that they were made of, object by object, (M,)."""
+
+    starts: IntArray
+    """Where the records of each begin, and the end, (N + 1,)."""
+
+    makings: Sequence[bytes]
+    by: IntArray
+    """Which of the makings each record is of, (M,)."""
+
+    regions: Sequence[bytes]
+    """Of each record."""
+
+    def __len__(self) -> int:
+        return len(self.outlines_px)
+
+    def take(self, numbers: IntArray) -> _Material:
+        """The objects of those numbers, which rise."""
+        sizes = np.diff(self.starts)[numbers]
+        kept = runs(self.starts[:-1][numbers], sizes)
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        regions = [self.regions[at] for at in kept.tolist()]
+        return _Material(self.outlines_px.take(numbers), self.rows[kept], starts, self.makings, self.by[kept], regions)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Maker:
+    """Makes features of one scene; in any process."""
+
+    scene: str
+    anchor: Tile
+    area: Area | None
+    texts: Sequence[str]
+    ids_are_numbers: bool
+
+    def made(self, material: _Material) -> tuple[Batch, IntArray]:
+        """Features, and of which of the objects something is left on the grid of coordinates."""
+        outlines, left = lonlat_outlines(material.outlines_px, self.anchor, self.area), np.arange(len(material))
+        lost = outlines.other_at[shapely.is_missing(outlines.others)]
+        if len(lost):
+            left = np.setdiff1d(left, lost)
+            material, outlines = material.take(left), outlines.take(left)
+        return Batch(outlines, self._columns(material) | {"area_m2": _areas_m2(outlines)}), left
+
+    def written(self, between: str, keep: Set[str], material: _Material) -> tuple[Batch, IntArray]:
+        """The same as text, with only those columns beside it."""
+        batch, left = self.made(material)
+        columns = {name: column for name, column in batch.columns.items() if name in keep}
+        return Batch(Outlines.of(()), columns, FeatureText.of(batch, between=between)), left
+
+    def _columns(self, material: _Material) -> dict[str, Sequence[Any]]:
+        """All attributes but the area."""
+        texts, rows, by, regions = self.texts, material.rows, material.by, material.regions
+        firsts = material.starts[:-1]
+        makings = [Making(*values) for values in _json_lists(material.makings)]
+        # What is the same for many features, as of one annotation, is put together once.
+        annotations, versions, edits = (column.tolist() for column in (by, rows["version"], rows["edited"]))
+        known: dict[tuple[Any, ...], int] = {}
+        shared: list[dict[str, Any]] = []
+
+        def shared_by(span: slice) -> int:
+            key = (tuple(annotations[span]), tuple(versions[span]), tuple(edits[span]))
+            if key not in known:
+                known[key] = len(shared)
+                shared.append(self._shared([makings[number] for number in dict.fromkeys(key[0])], *key[1:]))
+            return known[key]
+
+        kind = ((by * (len(texts) + 1) + rows["version"] + 1) * 3 + rows["edited"] + 1)[firsts]
+        _, some, which = np.unique(kind, return_index=True, return_inverse=True)
+        codes = np.array([shared_by(slice(at, at + 1)) for at in firsts[some].tolist()], np.int64)[which]
+        is_scored = ~np.isnan(rows["score"])
+        scores: list[float | None] = [None] * len(material)
+        for at in np.flatnonzero(is_scored[firsts]).tolist():
+            scores[at] = float(rows["score"][firsts[at]])
+        used_labels, labels = np.unique(rows["label"][firsts], return_inverse=True)
+        heads = [f"{self.scene}\n{texts[number]}\n".encode(errors="replace") for number in used_labels.tolist()]
+        of_task = [f"{making.task}/".encode(errors="replace") for making in makings]
+        begins = [head + task for head in heads for task in of_task]
+        begin = (labels * len(of_task) + by[firsts]).tolist()
+        hashed = [begins[number] + regions[first] for number, first in zip(begin, firsts.tolist(), strict=True)]
+        # Most features are made of one region, and for the others that is where to start.
+        starts, head_of, known_scores = material.starts.tolist(), labels.tolist(), np.cumsum(is_scored).tolist()
+        has_more = np.diff(material.starts) > 1
+        for at in np.flatnonzero(has_more | np.array([b"\0" in text for text in hashed], bool)).tolist():
+            span = slice(starts[at], starts[at + 1])
+            listed = zip(annotations[span], regions[span], strict=True)
+            lines = [of_task[number] + region for number, joined in listed for region in joined.split(b"\0")]
+            hashed[at] = heads[head_of[at]] + b"\n".join(sorted(lines))
+            if span.stop - span.start > 1:
+                codes[at] = shared_by(span)
+                if scores[at] is not None or known_scores[span.stop - 1] > known_scores[span.start]:
+                    scores[at] = _mean(rows["score"][span], rows["area_px"][span])
+        names = self._shared([], (), ())
+        return {
+            "id": _stable_ids(hashed),
+            "label": Coded([texts[number] for number in used_labels.tolist()], labels),
+            "score": scores,
+            **{name: Coded([values[name] for values in shared], codes) for name in names},
+        }
+
+    def _shared(self, makings: Sequence[Making], versions: Iterable[int], edits: Iterable[int]) -> dict[str, Any]:
+        """What the outlines that make a feature say of it together: their annotations, and their own numbers."""
+        named = {self.texts[number] for number in versions if number >= 0}
+        return {
+            **self._made(makings),
+            "scene": self.scene,
+            "model_version": ", ".join(sorted(filter(None, named))) or None,
+            "edited": _any_edit([None if edited < 0 else edited > 0 for edited in edits]),
+        }
+
+    def _made(self, makings: Sequence[Making]) -> dict[str, Any]:
+        """What several annotations together say of a feature."""
+        leads = [making.lead_time_s for making in makings if making.lead_time_s is not None]
+        return {
+            "annotators": _distinct(making.annotator for making in makings),
+            "tasks": self._ids(making.task for making in makings),
+            "annotations": self._ids(making.annotation for making in makings),
+            "lead_time_s": sum(leads) if leads else None,
+            "created": min((making.created for making in makings if making.created), default=None),
+            "updated": max((making.updated for making in makings if making.updated), default=None),
+        }
+
+    def _ids(self, values: Iterable[Any]) -> list[Any]:
+        found = _distinct(values)
+        return found if self.ids_are_numbers else [str(value) for value in found]
 
 
 class _Edits:
@@ -1137,5 +1379,4 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 def _stable_ids(texts: Sequence[bytes]) -> list[str]:
     """The same for the same scene, label and regions, however those were moved since."""
-    digests = [hashlib.sha256(text).digest() for text in texts]
-    return [digest[:8].hex() for digest in digests]
+    return [hashlib.sha256(text).hexdigest()[:16] for text in texts]

@@ -107,8 +107,11 @@ class Batch:
     columns: Mapping[str, Sequence[Any]]
     """The attributes that ``FIELDS`` names, each of N values."""
 
+    text: FeatureText | None = None
+    """The features as they are written, where another process has done that; the rest may then be missing."""
+
     def __len__(self) -> int:
-        return len(self.outlines)
+        return len(self.columns["label"])
 
     @property
     def geometry(self) -> NDArray[np.object_]:
@@ -121,6 +124,29 @@ class Batch:
         return Batch(
             self.outlines.take(at), {name: [col[i] for i in at.tolist()] for name, col in self.columns.items()}
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureText:
+    """Features as GeoJSON."""
+
+    lines: bytes
+    """Of each feature one, with what stands between them and nothing at the end."""
+
+    boxes: NDArray[np.float64]
+    """West, south, east, north of each, (N, 4)."""
+
+    @classmethod
+    def of(cls, batch: Batch, *, between: str) -> FeatureText:
+        """The features of a batch, with a text of its kind between them."""
+        if batch.text is not None:
+            return batch.text
+        boxes = _boxes(batch.outlines)
+        return cls(between.join(_features(batch, boxes)).encode(), boxes)
+
+
+BETWEEN = {".geojson": ",\n", ".json": ",\n", ".geojsonl": "\n", ".ndjson": "\n"}
+"""What stands between features in files of text, by the file's ending."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,10 +301,10 @@ class FeatureLines:
         """Add features."""
         if not len(batch):
             return
-        boxes = _boxes(batch.outlines)
+        text = FeatureText.of(batch, between=BETWEEN[".geojson"])
         self._file.write(b"\n" if self._box is None else b",\n")
-        self._file.write(",\n".join(_features(batch, boxes)).encode())
-        self._box = _around(boxes if self._box is None else np.vstack((self._box, boxes)))
+        self._file.write(text.lines)
+        self._box = _around(text.boxes if self._box is None else np.vstack((self._box, text.boxes)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -297,7 +323,7 @@ class FeatureLines:
 def _write_lines(batches: Iterable[Batch], path: Path) -> None:
     with path.open("wb") as file:
         for batch in batches:
-            file.write("".join(text + "\n" for text in _features(batch, _boxes(batch.outlines))).encode())
+            file.write(FeatureText.of(batch, between=BETWEEN[".geojsonl"]).lines + b"\n")
 
 
 def _features(batch: Batch, boxes: NDArray[np.float64]) -> list[str]:
@@ -333,6 +359,9 @@ def _texts(values: Sequence[Any], kind: str) -> list[str]:
         return []
     if kind in ("real", "flag"):
         return msgspec.json.encode(values).decode()[1:-1].split(",")
+    if kind == "text" and None not in values:
+        # In JSON a quotation mark within a text has a backslash before it: these three stand between texts alone.
+        return [f'"{text}"' for text in msgspec.json.encode(values).decode()[2:-2].split('","')]
     encode = msgspec.json.Encoder().encode
     return [encode(value).decode() for value in values]
 

@@ -16,6 +16,12 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Shapes = NDArray[np.object_]
 
+_MANY = 30_000
+"""Pairs of edges, about, that are looked at in one go."""
+
+_MOST_EDGES = 10_000
+"""Pairs of edges of two rings, above which GEOS finds sooner what they share."""
+
 _ROUNDING = 1e-12
 """What the arithmetic of a cross product may be off by, as a share of the box around the ring, and much more."""
 
@@ -86,6 +92,46 @@ class Rings:
             return np.empty(0, dtype=object)
         return np.asarray(shapely.polygons(shapely.linearrings(self.points, indices=self.owner)))
 
+    def common_areas(self, pairs: IntArray) -> FloatArray:
+        """The area that both rings of each pair (M, 2) cover, (M,); the rings are simple.
+
+        A ring is the sum of what lies below its edges, with a sign for each edge's direction. What two rings share is
+        thus the sum over all pairs of their edges of what lies below both, which is a formula.
+        """
+        edges = _Edges.of(self.points)
+        last = np.cumsum((self.lengths - 1)[pairs].prod(axis=1)) // _MANY
+        parts = np.split(pairs, np.flatnonzero(np.diff(last)) + 1)
+        return np.concatenate([self._common_areas(part, edges) for part in parts])
+
+    def _common_areas(self, pairs: IntArray, edges: _Edges) -> FloatArray:
+        first, second = pairs.T
+        counts = self.lengths - 1
+        # Edges of the first that do not lie beside the second, each with every edge of that.
+        pair = np.repeat(np.arange(len(pairs)), counts[first])
+        a = runs(self.starts[first], counts[first])
+        left, right = self.bounds[second][:, [0, 2]].T
+        near = np.flatnonzero((edges.right[a] > left[pair]) & (edges.left[a] < right[pair]))
+        pair, a = pair[near], a[near]
+        times = counts[second[pair]]
+        b = runs(self.starts[second[pair]], times)
+        pair, a = np.repeat(pair, times), np.repeat(a, times)
+        left, right = np.maximum(edges.left[a], edges.left[b]), np.minimum(edges.right[a], edges.right[b])
+        meet = np.flatnonzero(left < right)
+        pair, a, b, left, right = pair[meet], a[meet], b[meet], left[meet], right[meet]
+        # Nothing of the two lies below this, and close by no digits are lost.
+        base = self.bounds[pairs, 1].min(axis=1)[pair]
+        (a_left, a_right), (b_left, b_right) = (
+            [edges.y[at] - base + (x - edges.x[at]) * edges.slope[at] for x in (left, right)] for at in (a, b)
+        )
+        d_left, d_right = a_left - b_left, a_right - b_right
+        apart = np.abs(d_left) + np.abs(d_right)
+        # Where the two edges cross, the lesser of them has a bend.
+        bent = np.flatnonzero(d_left * d_right < 0)
+        apart[bent] = (d_left[bent] ** 2 + d_right[bent] ** 2) / apart[bent]
+        below = (a_left + b_left + a_right + b_right - apart) / 4 * (right - left) * edges.sign[a] * edges.sign[b]
+        turns = np.sign(self.areas)
+        return np.asarray(np.bincount(pair, below, minlength=len(pairs)) * turns[first] * turns[second])
+
     def are_simple(self) -> BoolArray:
         """Which neither touch nor cross themselves, have an area, and no point twice in a row, (N,)."""
         simple = self._are_stars()
@@ -123,6 +169,28 @@ class Rings:
         steps = np.append(steps, 0.0)
         steps[self.starts + self.lengths - 1] = 0.0
         return np.asarray(np.add.reduceat(steps, self.starts)) / 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Edges:
+    """From each point to the next one, all (M − 1,)."""
+
+    x: FloatArray
+    y: FloatArray
+    left: FloatArray
+    right: FloatArray
+    slope: FloatArray
+    """Zero where the edge is upright."""
+
+    sign: FloatArray
+    """Whether it goes to the left (−1) or to the right."""
+
+    @classmethod
+    def of(cls, points: FloatArray) -> _Edges:
+        x, y = (np.ascontiguousarray(side) for side in points.T)
+        dx, dy = np.diff(x), np.diff(y)
+        slope = np.divide(dy, dx, out=np.zeros(len(dx)), where=dx != 0)
+        return cls(x[:-1], y[:-1], np.minimum(x[:-1], x[1:]), np.maximum(x[:-1], x[1:]), slope, np.sign(dx))
 
 
 def _crosses(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -172,6 +240,32 @@ class Outlines:
         shapes[self.ring_at] = self.rings.polygons()
         shapes[self.other_at] = self.others
         return shapes
+
+    @cached_property
+    def areas(self) -> FloatArray:
+        """Area of each, (N,)."""
+        areas = np.empty(len(self))
+        areas[self.ring_at] = np.abs(self.rings.areas)
+        areas[self.other_at] = shapely.area(self.others)
+        return areas
+
+    def some_shapes(self, numbers: IntArray) -> Shapes:
+        """Those of these numbers, in any order, as geometries of the numbers' shape."""
+        wanted, where = np.unique(numbers, return_inverse=True)
+        return np.asarray(self.take(wanted).shapes[where.reshape(numbers.shape)])
+
+    def common_areas(self, pairs: IntArray) -> FloatArray:
+        """The area that both of each pair (M, 2) cover, (M,)."""
+        ring = np.full(len(self), -1, np.int64)
+        ring[self.ring_at] = np.arange(len(self.ring_at))
+        rings = ring[pairs]
+        common = np.zeros(len(pairs))
+        is_easy = np.asarray((rings >= 0).all(axis=1))
+        is_easy[is_easy] = self.rings.lengths[rings[is_easy]].prod(axis=1) <= _MOST_EDGES
+        common[is_easy] = self.rings.common_areas(rings[is_easy])
+        if not is_easy.all():
+            common[~is_easy] = shapely.area(shapely.intersection(*self.some_shapes(pairs[~is_easy]).T))
+        return common
 
     def take(self, numbers: IntArray) -> Outlines:
         """Those of these numbers, which rise."""

@@ -20,7 +20,7 @@ from shapely import Polygon, STRtree
 from shapely.geometry.base import BaseGeometry
 
 from . import vectorize
-from .rings import BoolArray, IntArray, Rings, Shapes, runs
+from .rings import BoolArray, IntArray, Outlines, Rings, Shapes, runs
 from .tile import FloatArray, Tile
 
 BORDER_PX = 1.5
@@ -40,6 +40,9 @@ _MIN_COVERED = 0.8
 
 _MIN_CONTACT = 0.5
 """Share of the shorter contact with the common border of tiles that do not overlap."""
+
+_NOISE_PX2 = 1e-6
+"""What arithmetic may make of an area that is none."""
 
 _BLOCK = 10_000
 """Boxes of a block, about, when pairs are looked for."""
@@ -144,8 +147,8 @@ class Pieces:
 
     views: Sequence[View]
 
-    fetch: Callable[[IntArray], Shapes]
-    """The shapes of pieces, by their indices."""
+    fetch: Callable[[IntArray], Outlines]
+    """The shapes of pieces, by their indices, in the order of those."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -214,16 +217,18 @@ def whole_objects(pieces: Pieces, *, simplify_px: float, batch: int = 4096) -> I
         here = found[link_starts[begin] : link_starts[end]]
         link_at = link_starts[begin : end + 1] - link_starts[begin]
         sizes = np.diff(at)
-        shapes = np.full(len(shown), None, dtype=object)
-        is_shared = np.repeat(sizes > 1, sizes)
-        shapes[is_shared] = pieces.fetch(shown[is_shared])
-        winners = _winners(pieces, shown, shapes, at, here)
-        made: dict[int, list[_Joined]] = {}
-        for number in np.flatnonzero(winners < 0).tolist():
+        several = np.repeat(sizes > 1, sizes)
+        outlines = pieces.fetch(shown[several])
+        # Where each of those shown has its outline, if it is not alone.
+        place = np.cumsum(several) - 1
+        winners = _winners(pieces, shown, outlines, place, at, here)
+        made = _unions(shown, outlines, place, at, np.flatnonzero(winners == _UNION), simplify_px)
+        for number in np.flatnonzero(winners == _UNCLEAR).tolist():
             inner = slice(int(at[number]), int(at[number + 1]))
             tied = here[link_at[number] : link_at[number + 1]]
             ends = zip(map(tuple, tied["pair"].tolist()), tied["at_border"].tolist(), strict=True)
-            listed = dict(zip(shown[inner].tolist(), shapes[inner].tolist(), strict=True))
+            shapes = outlines.some_shapes(place[inner])
+            listed = dict(zip(shown[inner].tolist(), shapes.tolist(), strict=True))
             made[number] = _joined(pieces, listed, dict(ends), simplify_px)
         yield _in_order(shown, at, winners, made)
 
@@ -246,32 +251,79 @@ def _in_order(shown: IntArray, at: IntArray, winners: IntArray, made: Mapping[in
     return WholeObjects(piece, joined, members, np.concatenate(([0], np.cumsum(sizes[order]))), outlines)
 
 
-def _winners(pieces: Pieces, shown: IntArray, shapes: Shapes, at: IntArray, tied: NDArray[Any]) -> IntArray:
-    """For each group of pieces the position of the one whose outline is the object; -1 where that takes a closer look.
+_UNCLEAR, _UNION = -1, -2
 
-    ``at`` (G + 1,) are the groups' first positions. All groups of one; and of two where the tiles overlap, neither is a
-    sliver, and one shows the object whole: what most groups are.
+
+def _winners(
+    pieces: Pieces, shown: IntArray, outlines: Outlines, place: IntArray, at: IntArray, tied: NDArray[Any]
+) -> IntArray:
+    """For each group of pieces the position of the one whose outline is the object, as `_owners` finds it.
+
+    ``_UNION`` where it is all of theirs together, ``_UNCLEAR`` where that takes a closer look. ``at`` (G + 1,) are the
+    groups' first positions, ``place`` says where in ``outlines`` the piece at a position has its own.
     """
     sizes = np.diff(at)
-    winners = np.where(sizes == 1, at[:-1], -1)
-    pair = np.flatnonzero(sizes == 2)
-    if not len(pair):
+    winners = np.where(sizes == 1, at[:-1], _UNCLEAR)
+    if not len(outlines):
         return winners
-    i, j = at[pair], at[pair] + 1
-    # Two pieces have one link, and links are sorted as groups are.
-    link = tied[np.isin(tied["pair"][:, 0], shown[i])]
-    easy = ~link["at_border"] & ~pieces.is_sliver[shown[i]] & ~pieces.is_sliver[shown[j]]
-    whole_i, whole_j = pieces.is_whole[shown[i]], pieces.is_whole[shown[j]]
-    areas = shapely.area(shapes)
-    part = np.where(whole_i, j, i)
-    covered = easy & (whole_i != whole_j) & (link["common_px"] >= _MIN_COVERED * areas[part])
-    winners[pair[covered]] = np.where(whole_i, i, j)[covered]
-    same = np.flatnonzero(easy & whole_i & whole_j)
-    if len(same):
-        first, second = (_claims(pieces, shown[side[same]], shapes[side[same]]) for side in (i, j))
-        is_second = (second[0] > first[0]) | ((second[0] == first[0]) & (second[1] > first[1]))
-        winners[pair[same]] = np.where(is_second, j[same], i[same])
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    whole, sliver = pieces.is_whole[shown], pieces.is_sliver[shown]
+    order = np.argsort(shown)
+    ends = order[np.searchsorted(shown, tied["pair"], sorter=order)]
+    wholes = np.bincount(group, whole, minlength=len(sizes)).astype(np.int64)
+    # Wholes that all show the same: each is tied to each.
+    ties = np.bincount(group[ends[whole[ends].all(axis=1), 0]], minlength=len(sizes))
+    is_one = (wholes > 0) & (2 * ties == wholes * (wholes - 1)) & (sizes > 1)
+    winner = np.full(len(sizes), -1, np.int64)
+    first = np.flatnonzero(whole & is_one[group])
+    winner[group[first]] = first
+    rivals = first[wholes[group[first]] > 1]
+    if len(rivals):
+        by_core, distance = _claims(pieces, shown[rivals], outlines.some_shapes(place[rivals]))
+        best = rivals[np.lexsort((-rivals, distance, by_core, group[rivals]))]
+        winner[group[best]] = best
+    # Slivers belong to what they are tied to, across a strip, that is none.
+    inner = ends[~tied["at_border"]]
+    is_led = np.zeros(len(shown), bool)
+    for one, other in (inner.T, inner.T[::-1]):
+        is_led[one[sliver[one] & ~sliver[other]]] = True
+    parts = np.flatnonzero(~whole & is_one[group])
+    common = outlines.common_areas(place[np.column_stack((winner[group[parts]], parts))])
+    is_left = (common < _MIN_COVERED * outlines.areas[place[parts]]) & ~is_led[parts]
+    is_one[group[parts[is_left]]] = False
+    winners[is_one] = winner[is_one]
+    # Parts alone, tied across strips: joined, or of two a sliver and what it belongs to.
+    at_border = np.bincount(group[ends[tied["at_border"], 0]], minlength=len(sizes)) > 0
+    slivers = np.bincount(group, sliver, minlength=len(sizes))
+    is_parts = (wholes == 0) & ~at_border & (sizes > 1)
+    winners[is_parts & ((slivers == 0) | ((slivers == 2) & (sizes == 2)))] = _UNION
+    led_to = np.flatnonzero(~sliver & (is_parts & (slivers == 1) & (sizes == 2))[group])
+    winners[group[led_to]] = led_to
     return winners
+
+
+def _unions(
+    shown: IntArray, outlines: Outlines, place: IntArray, at: IntArray, groups: IntArray, simplify_px: float
+) -> dict[int, list[_Joined]]:
+    """The groups of those numbers, each with all its outlines joined as `_union` joins them."""
+    if not len(groups):
+        return {}
+    sizes = np.diff(at)[groups]
+    grid = np.full((len(groups), int(sizes.max())), None, dtype=object)
+    grid[np.arange(grid.shape[1]) < sizes[:, None]] = outlines.some_shapes(place[runs(at[groups], sizes)])
+    joined = np.asarray(shapely.union_all(grid, axis=1))
+    is_plain = (shapely.get_type_id(joined) == shapely.GeometryType.POLYGON) & shapely.is_valid(joined)
+    is_plain &= (shapely.get_num_interior_rings(joined) == 0) & (shapely.area(joined) > 0)
+    plain = joined[is_plain]
+    simple = np.asarray(shapely.union_all(plain[:, None], axis=1))
+    simple = np.asarray(shapely.simplify(simple, simplify_px, preserve_topology=True))
+    joined[is_plain] = np.where(shapely.is_valid(simple) & ~shapely.is_empty(simple), simple, plain)
+    for number in np.flatnonzero(~is_plain).tolist():
+        joined[number] = _without_cracks(joined[number], simplify_px)
+    ends = zip(groups.tolist(), joined.tolist(), at[groups].tolist(), sizes.tolist(), strict=True)
+    return {
+        group: [(-1, shape, tuple(shown[start : start + size].tolist()), size)] for group, shape, start, size in ends
+    }
 
 
 def _claims(pieces: Pieces, numbers: IntArray, shapes: Shapes) -> tuple[BoolArray, FloatArray]:
@@ -322,9 +374,8 @@ def near_pairs(boxes: FloatArray, reach: float) -> Iterator[IntArray]:
             yield found[np.lexsort((found[:, 1], found[:, 0]))]
 
 
-LINK = np.dtype([("pair", np.int64, 2), ("at_border", bool), ("common_px", np.float64)])
-"""Two pieces, the smaller index first; whether they meet at the common border of tiles that do not overlap; and the
-area that both cover."""
+LINK = np.dtype([("pair", np.int64, 2), ("at_border", bool)])
+"""Two pieces, the smaller index first; whether they meet at the common border of tiles that do not overlap."""
 
 
 def links(pieces: Pieces) -> NDArray[Any]:
@@ -342,59 +393,56 @@ def links(pieces: Pieces) -> NDArray[Any]:
 def _linked(pieces: Pieces, near: IntArray) -> NDArray[Any]:
     """Those of the pairs that show one object."""
     numbers, where = np.unique(near, return_inverse=True)
-    shapes = pieces.fetch(numbers)
-    a, b = shapes[where.reshape(near.shape)].T
-    touching = shapely.dwithin(a, b, 2 * BORDER_PX)
-    near, a, b = near[touching], a[touching], b[touching]
+    outlines, pairs = pieces.fetch(numbers), where.reshape(near.shape)
     both, which = np.unique(pieces.view[near], axis=0, return_inverse=True)
     first, second = (
         np.array([pieces.views[number].outline for number in side], dtype=object) for side in both.T.tolist()
     )
     strips = shapely.intersection(first, second)
-    is_strip = (shapely.area(strips) > shapely.length(strips) * BORDER_PX)[which.ravel()]
+    lengths = shapely.length(strips)
+    is_strip = (shapely.area(strips) > lengths * BORDER_PX)[which.ravel()]
     strip = strips[which.ravel()]
     whole, sliver = pieces.is_whole[near], pieces.is_sliver[near]
-    links = np.zeros(len(near), LINK)
-    links["pair"] = near
-    links["at_border"] = ~is_strip & (shapely.length(strip) > 0) & ~np.asarray(whole.any(axis=1))
-    linked = np.zeros(len(near), bool)
-    at = is_strip
-    common = shapely.intersection(a[at], b[at])
-    links["common_px"][at] = shapely.area(common)
-    linked[at] = _is_shared(
-        a[at], b[at], common, strip[at], np.asarray(whole[at].all(axis=1)), sliver[at, 0] != sliver[at, 1]
-    )
-    at = links["at_border"]
-    linked[at] = _is_continued(a[at], b[at], strip[at])
-    return links[linked]
-
-
-def _is_shared(
-    a: Shapes, b: Shapes, common: Shapes, strip: Shapes, both_whole: BoolArray, one_sliver: BoolArray
-) -> BoolArray:
-    """Whether pairs of pieces show one object where their tiles overlap."""
-    area = shapely.area(common)
-    smaller = np.minimum(shapely.area(a), shapely.area(b))
+    at_border = ~is_strip & (lengths[which.ravel()] > 0) & ~whole.any(axis=1)
+    one_sliver = is_strip & (sliver[:, 0] != sliver[:, 1])
+    common = np.zeros(len(near))
+    common[is_strip] = outlines.common_areas(pairs[is_strip])
+    common[common < _NOISE_PX2] = 0.0
+    smaller = outlines.areas[pairs].min(axis=1)
     # What is enough of the smaller is enough of what the strip shows of it.
-    shared = area >= np.where(both_whole, _MIN_DUPLICATE, _MIN_SHARED) * smaller
-    parts = np.flatnonzero(~both_whole & ~one_sliver & (area < _MIN_SHARED * smaller))
-    if len(parts):
-        in_strip = np.minimum(
-            shapely.area(shapely.intersection(a[parts], strip[parts])),
-            shapely.area(shapely.intersection(b[parts], strip[parts])),
-        )
-        found = (area[parts] > 0) & (area[parts] >= _MIN_SHARED * in_strip)
-        # Two houses that share a wall at the edge of the strip may overlap there, by the width of a line.
-        doubtful = np.flatnonzero(found)
-        found[doubtful] = ~shapely.is_empty(shapely.buffer(common[parts[doubtful]], -BORDER_PX / 2))
-        shared[parts] = found
-    return np.asarray(shared | one_sliver)
+    linked = is_strip & (common >= np.where(whole.all(axis=1), _MIN_DUPLICATE, _MIN_SHARED) * smaller)
+    rest = np.flatnonzero(is_strip & ~linked & ~whole.all(axis=1) & ~one_sliver & (common > 0))
+    linked[rest] = _is_shared(outlines.some_shapes(pairs[rest]), strip[rest])
+    # Those that need not overlap have to be close.
+    doubtful = np.flatnonzero(at_border | one_sliver | (linked & (common == 0)))
+    a, b = outlines.some_shapes(pairs[doubtful]).T
+    close = doubtful[shapely.dwithin(a, b, 2 * BORDER_PX)]
+    linked[doubtful] = False
+    linked[close] = True
+    at = close[at_border[close]]
+    linked[at] = _is_continued(outlines.some_shapes(pairs[at]), strip[at])
+    links = np.zeros(int(linked.sum()), LINK)
+    links["pair"], links["at_border"] = near[linked], at_border[linked]
+    return links
 
 
-def _is_continued(a: Shapes, b: Shapes, border: Shapes) -> BoolArray:
-    """Whether pairs of outlines reach the common border of their tiles at the same place."""
+def _is_shared(pairs: Shapes, strip: Shapes) -> BoolArray:
+    """Whether pairs (M, 2) of parts share enough of what the strip, which both their tiles show, has of them."""
+    a, b = pairs.T
+    common = shapely.intersection(a, b)
+    area = shapely.area(common)
+    in_strip = np.minimum(*(shapely.area(shapely.intersection(side, strip)) for side in (a, b)))
+    shared = np.asarray((area > 0) & (area >= _MIN_SHARED * in_strip))
+    # Two houses that share a wall at the edge of the strip may overlap there, by the width of a line.
+    doubtful = np.flatnonzero(shared)
+    shared[doubtful] = ~shapely.is_empty(shapely.buffer(common[doubtful], -BORDER_PX / 2))
+    return shared
+
+
+def _is_continued(pairs: Shapes, border: Shapes) -> BoolArray:
+    """Whether pairs (M, 2) of outlines reach the common border of their tiles at the same place."""
     first, second = (
-        shapely.intersection(shapely.buffer(side, BORDER_PX, join_style="mitre"), border) for side in (a, b)
+        shapely.intersection(shapely.buffer(side, BORDER_PX, join_style="mitre"), border) for side in pairs.T
     )
     # The buffer has added its width at both ends.
     shared = shapely.length(shapely.intersection(first, second)) - 2 * BORDER_PX
@@ -502,8 +550,12 @@ def _snapped(shape: BaseGeometry, border: BaseGeometry) -> BaseGeometry:
 
 
 def _union(shapes: list[BaseGeometry], tolerance_px: float) -> BaseGeometry:
-    """One outline; without the cracks that two hands leave along a seam."""
-    joined = shapely.union_all(shapes)
+    """One outline."""
+    return _without_cracks(shapely.union_all(shapes), tolerance_px)
+
+
+def _without_cracks(joined: BaseGeometry, tolerance_px: float) -> BaseGeometry:
+    """The outline, simplified, without the cracks that two hands leave along a seam."""
     filled = [
         Polygon(part.exterior, [ring for ring in part.interiors if Polygon(ring).area >= 4 * BORDER_PX**2])
         for part in vectorize.repair(joined)

@@ -11,23 +11,28 @@ Makes a Label Studio export of a made-up town (rotated and L-shaped buildings on
 * *floor*: what is left when all else is free: ``json.load`` of the input, PROJ on one array of all points, pyogrio
   writing finished geometries. For comparison also the parser that we read with.
 
-Outlines of 6 points are what people draw of houses, more are what a model draws. All figures are processor time, of one
-process that does one thing at a time.
+Outlines of 6 points are what people draw of houses, more are what a model draws. Figures are processor time, of one
+process that does one thing at a time, and time on the clock beside it.
 
-``--memory`` runs only our export of that many annotations in this process and prints its greatest resident size;
-with two sizes the slope tells what a million take.
+``--workers N`` adds our export shared by N processes, the seconds included that it takes to start them: give
+``--annotations 200000`` or more. Their processor time is that of all together; the ratio to the loop is that on the
+clock, and only counts on a machine that has nothing else to do.
+
+``--memory`` runs only our export of that many annotations, in this process or with ``--workers``, and prints the
+greatest resident size of all together; with two sizes the slope tells what a million take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,7 +41,7 @@ import shapely
 from affine import Affine
 from shapely.geometry import Polygon, mapping
 
-from backend.annotations import tasks_in
+from backend.annotations import TaskFile
 from backend.export import ExportOptions, export
 from backend.tile import Tile
 
@@ -171,14 +176,24 @@ def loop(source: Path, out: Path, transformer_made: str) -> int:
     return len(features)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How much processor time the work takes: unlike the time on the clock, other programs do not change it much."""
-    start = time.process_time()
+class Cost(NamedTuple):
+    """What something takes, in seconds."""
+
+    cpu: float
+    """Processor time, of this process and of those that it started and ended: other programs change it little."""
+
+    wall: float
+
+
+def cost(work: Callable[[], Any]) -> Cost:
+    """What the work takes, done once."""
+    start, before = time.perf_counter(), os.times()
     work()
-    return time.process_time() - start
+    spent = np.subtract(os.times(), before)
+    return Cost(float(spent[:4].sum()), time.perf_counter() - start)
 
 
-def compare(annotations: int, sample: int, points_each: int, repeat: int) -> None:
+def compare(annotations: int, sample: int, points_each: int, repeat: int, workers: int) -> None:
     """Print what each way costs, in microseconds a region, and how many times faster ours is.
 
     Each is done several times, one after the other, and the least counts: what else the machine does comes and goes.
@@ -193,24 +208,28 @@ def compare(annotations: int, sample: int, points_each: int, repeat: int) -> Non
         text = source.read_bytes()
         points = np.concatenate([np.array(points) for points, _, _ in regions_of(json.loads(text))])
         print(f"{count} regions of {len(points) / count:.1f} points, {len(text) / 1e6:.1f} MB")
-        costs: dict[str, float] = {}
+        costs: dict[str, Cost] = {}
         kept: dict[str, tuple[Callable[[], Any], int]] = {}
 
         def keep(name: str, work: Callable[[], Any], units: int) -> None:
             kept[name] = work, units
 
-        def read() -> Iterator[dict[str, Any]]:
-            return tasks_in(source, unread=True)
+        def ours(*, merge_seams: bool, workers: int = 1) -> Callable[[], Any]:
+            options = ExportOptions(merge_seams=merge_seams)
+            return lambda: export(TaskFile(source), out, options=options, workers=workers)
 
-        export(read(), out, options=ExportOptions(merge_seams=False))
+        ours(merge_seams=False)()
         frame = geopandas.read_file(out)
         keep("floor: json.load", lambda: json.loads(text), count)
         keep("(msgspec.json.decode)", lambda: msgspec.json.decode(text), count)
         keep("loop, transformer made once", lambda: loop(source, out, "once"), count)
         keep("loop, transformer made for each region", lambda: loop(few, out, "for each region"), few_count)
         keep("loop, transformer made for each point", lambda: loop(few, out, "for each point"), few_count)
-        keep("ours, outlines as drawn", lambda: export(read(), out, options=ExportOptions(merge_seams=False)), count)
-        keep("ours, seams merged", lambda: export(read(), out), count)
+        keep("ours, outlines as drawn", ours(merge_seams=False), count)
+        keep("ours, seams merged", ours(merge_seams=True), count)
+        if workers > 1:
+            keep(f"ours, outlines as drawn, {workers} processes", ours(merge_seams=False, workers=workers), count)
+            keep(f"ours, seams merged, {workers} processes", ours(merge_seams=True, workers=workers), count)
         transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
         keep("floor: PROJ, one array", lambda: transformer.transform(points[:, 0] + 354000, points[:, 1] + 3e6), count)
         layer_options = {"RFC7946": "YES", "WRITE_BBOX": "YES", "COORDINATE_PRECISION": "7"}
@@ -222,26 +241,38 @@ def compare(annotations: int, sample: int, points_each: int, repeat: int) -> Non
         )
         for _ in range(repeat):
             for name, (work, units) in kept.items():
-                costs[name] = min(costs.get(name, np.inf), seconds(work) / units * 1e6)
-        for name, cost in costs.items():
-            print(f"{name:52} {cost:9.1f} us a region")
-        for ours in ("ours, outlines as drawn", "ours, seams merged"):
-            for name, cost in costs.items():
-                if name.startswith("loop"):
-                    print(f"{ours}: {cost / costs[ours]:.1f} times faster than the {name}")
-        floor = sum(cost for name, cost in costs.items() if name.startswith("floor"))
-        print(f"distance to the floor (all three): {costs['ours, seams merged'] / floor:.2f}")
+                new = Cost(*(spent / units * 1e6 for spent in cost(work)))
+                costs[name] = Cost(*np.minimum(new, costs.get(name, new)).tolist())
+        for name, (cpu, wall) in costs.items():
+            print(f"{name:52} {cpu:9.1f} us a region, {wall:9.1f} on the clock")
+        for name in (name for name in costs if name.startswith("ours")):
+            for other, (cpu, wall) in costs.items():
+                if other.startswith("loop"):
+                    is_shared = "processes" in name
+                    ratio, on = (wall / costs[name].wall, " on the clock") if is_shared else (cpu / costs[name].cpu, "")
+                    print(f"{name}: {ratio:.1f} times faster than the {other}{on}")
+        floor = sum(cpu for name, (cpu, _) in costs.items() if name.startswith("floor"))
+        print(f"seams merged to as drawn: {costs['ours, seams merged'].cpu / costs['ours, outlines as drawn'].cpu:.2f}")
+        print(f"distance to the floor (all three): {costs['ours, seams merged'].cpu / floor:.2f}")
 
 
-def memory(annotations: int, ending: str, points_each: int) -> None:
+def memory(annotations: int, ending: str, points_each: int, workers: int) -> None:
     """Print the greatest resident size of an export of that many regions."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "tasks.json"
         count = make_export(source, annotations, points=points_each)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        spent = seconds(lambda: export(tasks_in(source, unread=True), Path(folder) / f"out.{ending}"))
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{count} regions to .{ending}: {after:.0f} MB at most (before: {before:.0f} MB), {spent:.1f} s")
+        spent = cost(lambda: export(TaskFile(source), Path(folder) / f"out.{ending}", workers=workers))
+        own, largest = (
+            resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        all_mb = own + (workers * largest if workers > 1 else 0)
+        print(
+            f"{count} regions to .{ending}, {workers} processes beside this one: {all_mb:.0f} MB at most in all"
+            if workers > 1
+            else f"{count} regions to .{ending}: {all_mb:.0f} MB at most",
+            f"(this one before: {before:.0f} MB), {spent.cpu:.1f} s, {spent.wall:.1f} s on the clock",
+        )
 
 
 if __name__ == "__main__":
@@ -252,9 +283,10 @@ if __name__ == "__main__":
     parser.add_argument("--sample", type=int, default=200, help="regions for the slow variants of the loop")
     parser.add_argument("--memory", action="store_true", help="only our export, and its greatest resident size")
     parser.add_argument("--ending", default="geojson", help="format of --memory")
+    parser.add_argument("--workers", type=int, default=1, help="also with so many processes; with --memory, by them")
     args = parser.parse_args()
     if args.memory:
-        memory(args.annotations, args.ending, args.points[0])
+        memory(args.annotations, args.ending, args.points[0], args.workers)
     else:
         for points_each in args.points:
-            compare(args.annotations, args.sample, points_each, args.repeat)
+            compare(args.annotations, args.sample, points_each, args.repeat, args.workers)

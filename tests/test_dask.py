@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with cluster.local(2, cores=2) as made:
+    with cluster.local(2, cores=2, resources={"TILE": 1}) as made:
         yield made
 
 
@@ -55,6 +55,65 @@ def test_what_workers_make_comes_with_its_number(client: Any):
     assert {number: one["twice"] for number, one in found.items()} == {n: 2 * n for n in range(50)}
     assert dict(over_tasks(client, doubled, tasks_of(50), batch=7)) == found
     assert list(over_tasks(client, doubled, [])) == []
+    # What is asked of a cluster's workers, processes of this machine have.
+    assert dict(over_tasks(client, doubled, tasks_of(50), resources={"TILE": 1})) == found
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cores", "quota", "free", "settings", "processes"),
+    [
+        (47, 16, 16, 64 * GIB, {}, 0),
+        (48, 16, 16, 64 * GIB, {}, 16),
+        (48, 16, 3, 64 * GIB, {}, 3),
+        (10**6, 16, 16, 5 * GIB, {}, 4),
+        (10**6, 16, 16, 10 * GIB, {"segmenter": "sam_vit_b"}, 2),
+        (10**6, 2, 2, GIB, {}, 0),
+        (10**6, 1, 1, 64 * GIB, {}, 0),
+        (10**6, 16, 16, 64 * GIB, {"device": "cuda:1"}, 1),
+        (5, 16, 16, 64 * GIB, {"device": "cuda"}, 0),
+    ],
+)
+def test_many_tasks_are_shared_by_as_many_processes_as_have_a_core_and_memory(
+    tasks: int, cores: int, quota: int, free: int, settings: dict[str, str], processes: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(Settings, "cores", cores)
+    monkeypatch.setattr("dask.system.CPU_COUNT", quota)
+    monkeypatch.setattr(cluster, "_free_bytes", lambda: free)
+    assert cluster.processes_for(Settings(**settings), tasks) == processes
+
+
+def test_memory_that_is_free_is_what_this_process_may_have():
+    assert 2**26 < cluster._free_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(cluster.processes_for(Settings(), 10**6) < 2, reason="one core, or memory for one process")
+def test_a_file_of_many_tasks_is_shared_by_processes_unless_one_says_otherwise(tmp_path: Path):
+    cv2.imwrite(str(tmp_path / "tile.png"), bright_image((8, 8, 40, 40), size=(64, 64)))
+    tasks = [{"id": n, "data": {"image": f"/data/local-files/?d=tile.png&n={n}"}} for n in range(48)]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GEOPRELABEL")} | {
+        "GEOPRELABEL_DATA_DIR": str(tmp_path), "LOCAL_FILES_DOCUMENT_ROOT": str(tmp_path), "LABEL_STUDIO_URL": "",
+        "PYTHONPATH": str(REPOSITORY), "GEOPRELABEL_DASK_RESOURCES": "TILE=1",
+    }  # fmt: skip
+    told = []
+    for options in (), ("--workers", "0"):
+        done = subprocess.run(
+            [sys.executable, "-m", "backend", "predict", "tasks.json", "--out", "p.json", "--keep-blocks", "--json",
+             *options],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        told.append((done.stderr, json.loads(done.stdout)))
+    (shared, first), (alone, second) = told
+    assert "processes of this machine; dashboard: http://127.0.0.1:" in shared
+    assert len(shared.splitlines()) == 1
+    assert (first["predicted"], first["resumed"], first["failed"]) == (48, 0, 0)
+    # The same weights, so what they made need not be made again.
+    assert alone == ""
+    assert (second["predicted"], second["resumed"]) == (48, 48)
 
 
 def test_tasks_are_taken_as_they_are_needed(client: Any):

@@ -209,3 +209,58 @@ def test_numbers_are_written_as_they_are_and_no_longer(corner: tuple[int, int], 
     assert feature["bbox"] == [*points.min(axis=0), *points.max(axis=0)]
     numbers = text.split('"coordinates":')[1].replace("]", ",").replace("[", ",").strip(",}").split(",")
     assert all(len(number.partition(".")[2]) <= 7 for number in numbers if number)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=SEEDS, far=st.sampled_from([0.0, 1e6]))
+def test_what_two_rings_share_is_as_large_as_geos_says(seed: int, far: float) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 15, 20)
+    rings = []
+    for length in lengths.tolist():
+        angles = np.sort(rng.uniform(0, 2 * np.pi, length))[:: int(rng.choice([1, -1]))]
+        reach = rng.uniform(1, 9, (length, 1))
+        ring = far + rng.uniform(0, 12, 2) + np.column_stack((np.cos(angles), np.sin(angles))) * reach
+        # On a grid, edges are upright, equal, and touch.
+        rings.append(np.round(ring) if rng.random() < 0.4 else ring)
+    found = Rings.closed(np.concatenate(rings), lengths)
+    found = found.take(np.flatnonzero(found.are_simple()))
+    pairs = np.array([(a, b) for a in range(len(found)) for b in range(len(found))], np.int64).reshape(-1, 2)
+    shapes = found.polygons()
+    expected = shapely.area(shapely.intersection(shapes[pairs[:, 0]], shapes[pairs[:, 1]]))
+    assert found.common_areas(pairs) == pytest.approx(expected, abs=1e-7 if far else 1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("backend.rings._MANY", 100)
+        assert found.common_areas(pairs) == pytest.approx(expected, abs=1e-7 if far else 1e-9)
+    outlines = Outlines.of(shapes)
+    assert outlines.common_areas(pairs) == pytest.approx(expected)
+    assert outlines.areas == pytest.approx(np.abs(found.areas))
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=SEEDS, overlap_px=st.sampled_from([0, 16, 64, 200]), noise_pct=st.sampled_from([0.0, 0.2]))
+def test_groups_at_seams_are_the_same_at_once_and_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, overlap_px: int, noise_pct: float
+) -> None:
+    from backend import seams
+    from benchmarks import export as bench
+
+    folder, rng = tmp_path_factory.mktemp("seams"), np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "OVERLAP_PX", overlap_px)
+        bench.make_export(folder / "tasks.json", 400, seed=seed)
+        tasks = json.loads((folder / "tasks.json").read_text())
+        for task in tasks:
+            for result in task["annotations"][0]["result"]:
+                points = np.array(result["value"]["points"])
+                is_inside = (points > 0.2) & (points < 99.8)
+                result["value"]["points"] = (points + rng.normal(0, noise_pct, points.shape) * is_inside).tolist()
+        export(tasks, folder / "quick.geojsonl")
+        winners = seams._winners
+
+        def careful(*args: Any) -> Any:
+            return np.where(np.diff(args[4]) > 1, seams._UNCLEAR, winners(*args))
+
+        patch.setattr(seams, "_winners", careful)
+        export(tasks, folder / "careful.geojsonl")
+    assert (folder / "quick.geojsonl").read_text() == (folder / "careful.geojsonl").read_text()
