@@ -1,4 +1,4 @@
-"""Dockerfile, docker-compose.yml and k8s/, judged without an engine: by linters, schemas, and by what must hold."""
+"""Dockerfile, docker-compose.yml and k8s/: by linters, by schemas, by what must hold; the image by running it too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from pydantic import AliasChoices, SecretStr
 
+from backend import __version__
 from backend.settings import Settings
 
 from .postgres import its_user
@@ -521,3 +523,66 @@ def test_pods_reach_label_studio_names_and_public_https_only(manifests: list[dic
     assert public["ports"] == [{"protocol": "TCP", "port": 443}]
     # A rule without "to" would be the whole world.
     assert all(rule["to"] for rule in policy["egress"])
+
+
+# The image itself
+
+
+HARDENED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges")
+LEFT = r"""
+for tool in pip gcc cc make git curl wget; do command -v $tool; done
+python -c 'import ensurepip' 2>/dev/null && echo ensurepip
+find / -xdev -type f -perm /6000
+touch /opt/x 2>/dev/null && echo 'root file system'
+:
+"""
+SCENE = "from demo.scene import make_scene; from pathlib import Path; make_scene(Path('town.tif'), size_px=(512, 512))"
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run(["docker", *arguments], env=os.environ | {"DOCKER_BUILDKIT": "1"},
+                          capture_output=True, text=True, check=False, timeout=3000)  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    if os.environ.get("GEOPRELABEL_TEST_IMAGE") != "1":
+        pytest.skip("GEOPRELABEL_TEST_IMAGE is not 1: building the image takes minutes and GB")
+    if shutil.which("docker") is None or not docker("info", "--format", "{{.ServerVersion}}", check=False):
+        pytest.skip("no Docker engine answers")
+    base = next(rest.split()[0] for name, rest in instructions() if name == "FROM")
+    if not docker("image", "ls", "--quiet", base) and not docker("pull", "--quiet", base, check=False):
+        pytest.skip(f"{base} is not here and cannot be pulled")
+    docker("build", "--tag", "geoprelabel:test", str(REPOSITORY))
+    return "geoprelabel:test"
+
+
+def test_the_image_works_on_a_read_only_root_as_nobody_and_ends_when_told(image: str) -> None:
+    container = docker("run", "--detach", *HARDENED, image)
+    try:
+
+        def inside(*command: str) -> str:
+            return docker("exec", container, *command)
+
+        def state(template: str) -> str:
+            return docker("inspect", "--format", template, container)
+
+        assert inside("id", "-u", "-n") == "geoprelabel"
+        assert re.search(r"CapEff:\s0+\n", inside("cat", "/proc/1/status"))
+        assert inside("sh", "-c", LEFT) == ""
+        assert inside("geoprelabel", "--version") == __version__
+        inside("python", "-c", SCENE)
+        inside("geoprelabel", "ingest", "town.tif", "--out", "/data")
+        inside("geoprelabel", "predict", "tasks.json", "--out", "predictions.json", "--workers", "0")
+        (task,) = yaml.safe_load(inside("cat", "predictions.json"))
+        assert task["predictions"][0]["result"]
+        deadline = time.monotonic() + 300
+        while (health := state("{{.State.Health.Status}}")) != "healthy":
+            assert time.monotonic() < deadline, health
+            time.sleep(1)
+        docker("stop", "--time", "110", container)
+        assert state("{{.State.ExitCode}}") == "0"
+    finally:
+        docker("rm", "--force", "--volumes", container)
