@@ -66,9 +66,9 @@ _CACHE_MB = 16
 _SCENE_CACHE_BYTES = 64 * 2**20
 """Of GDAL's blocks, where tiles are made on demand: the next row of tiles needs some of this one's again."""
 
-_LOCAL_FROM_TASKS = 48
-"""From so many tasks on, processes of `local` pay: their start and end take about 20 s of processor time beside the
-model's own, a task half a second, and this process alone keeps its cores two thirds busy."""
+_LOCAL_FROM_TASKS = 128
+"""From so many tasks on, processes of `local` pay: their start takes 7 s of processor time more than this one's, a tile
+a third of a second, and this one keeps two cores busy at most. On two they win little but that they may die."""
 
 _WORKER_BYTES = {"compact": 2**30}
 _SAM_WORKER_BYTES = 4 * 2**30

@@ -20,8 +20,8 @@ With --gigapixels, only memory: tiled GeoTIFFs of that size as `benchmarks.inges
 `geoprelabel predict` of every tile, in one process and with --workers 2, each tile made from the scene, fetched and
 decoded, and its outlines written, kept and assembled as ever. The model itself looks at one tile in `--every`, the
 others get what it found there last: on every tile it would take hours, and hold no more (`--limit` for machines that
-are slow at reading, too). Most memory of all processes
-together and of the largest; the file's first task is looked at, so that a run that predicts nothing fails.
+are slow at reading, too). Most memory of all processes together, pages that they share counted once (PSS) and for each
+of them (RSS), and of the largest; tiles with a prediction are counted.
 """
 
 from __future__ import annotations
@@ -131,14 +131,15 @@ def memory(folder: Path, gigapixels: Sequence[float], every: int, limit: int) ->
         )
         (folder / "some.json").write_text(json.dumps(tasks[:: -(-len(tasks) // limit)]))
         del tasks
-        for how in ((), ("--workers", "2")):
+        for how in (("--workers", "0"), ("--workers", "2")):
             command = (sys.executable, "-c", predict, "predict", "some.json", "--out", "out.json", *how)
             ran = ingest.run(command, folder)
             with open(folder / "out.json", encoding="utf-8") as file:
                 count = sum(1 for task in map(json.loads, _lines(file)) if task["predictions"])
             print(
-                f"{size:5g} Gpx predict {' '.join(how) or 'in one process'}: {count:6d} tiles,"
-                f" peak {ran.peak_mb:5.0f} MB of all, {ran.largest_mb:5.0f} MB of the largest, {ran.wall_s:6.1f} s",
+                f"{size:5g} Gpx predict {' '.join(how)}: {count:6d} tiles, peak {ran.peak_mb:5.0f} MB of all"
+                f" ({ran.rss_mb:5.0f} MB with shared pages counted for each), {ran.largest_mb:5.0f} MB of the largest,"
+                f" {ran.wall_s:6.1f} s",
                 flush=True,
             )
 

@@ -47,6 +47,9 @@ class Ran:
     largest_mb: float
     """Of the largest of them."""
 
+    rss_mb: float
+    """Of all together with pages that they share counted for each (Linux)."""
+
 
 def run(command: Sequence[str], folder: Path) -> Ran:
     """Run a child to its end, which must be good."""
@@ -56,7 +59,8 @@ def run(command: Sequence[str], folder: Path) -> Ran:
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
         peaks_mb: list[float] = [0.0]
         largest_mb: list[float] = [0.0]
-        threading.Thread(target=watch, args=(child.pid, peaks_mb, largest_mb), daemon=True).start()
+        rss_mb: list[float] = [0.0]
+        threading.Thread(target=watch, args=(child.pid, peaks_mb, largest_mb, rss_mb), daemon=True).start()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         wall_s = time.perf_counter() - begun
@@ -66,24 +70,30 @@ def run(command: Sequence[str], folder: Path) -> Ran:
     scale = 1 if sys.platform == "darwin" else 1024
     # Linux keeps the most that any one process held; what all held together is looked at again and again.
     own_mb = usage.ru_maxrss * scale / 2**20
-    return Ran(wall_s, usage.ru_utime + usage.ru_stime, max(own_mb, *peaks_mb), max(own_mb, *largest_mb))
+    return Ran(
+        wall_s, usage.ru_utime + usage.ru_stime, max(own_mb, *peaks_mb), max(own_mb, *largest_mb), max(own_mb, *rss_mb)
+    )
 
 
-def watch(pid: int, peaks_mb: list[float], largest_mb: list[float]) -> None:
-    """Write down the memory of a process and all that it started, shared pages counted once (Linux)."""
+def watch(pid: int, peaks_mb: list[float], largest_mb: list[float], rss_mb: list[float]) -> None:
+    """Write down the memory of a process and all that it started, shared pages counted once (PSS) and each time."""
     while Path(f"/proc/{pid}").exists():
-        total_kb, left = 0, [pid]
+        total_kb, resident_kb, left = 0, 0, [pid]
         while left:
             one = left.pop()
             with contextlib.suppress(OSError):
-                found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.MULTILINE)
-                held_kb = int(found[1]) if found else 0
+                told = dict(
+                    re.findall(r"^(Rss|Pss):\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.MULTILINE)
+                )
+                held_kb = int(told.get("Pss", 0))
                 total_kb += held_kb
+                resident_kb += int(told.get("Rss", 0))
                 largest_mb.append(held_kb / 1024)
                 # A child belongs to the thread that started it.
                 for children in Path(f"/proc/{one}/task").glob("*/children"):
                     left += map(int, children.read_text().split())
         peaks_mb.append(total_kb / 1024)
+        rss_mb.append(resident_kb / 1024)
         time.sleep(0.2)
 
 

@@ -65,9 +65,9 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("tasks", "cores", "quota", "free", "settings", "processes"),
     [
-        (47, 16, 16, 64 * GIB, {}, 0),
-        (48, 16, 16, 64 * GIB, {}, 16),
-        (48, 16, 3, 64 * GIB, {}, 3),
+        (127, 16, 16, 64 * GIB, {}, 0),
+        (128, 16, 16, 64 * GIB, {}, 16),
+        (128, 16, 3, 64 * GIB, {}, 3),
         (10**6, 16, 16, 5 * GIB, {}, 4),
         (10**6, 16, 16, 10 * GIB, {"segmenter": "sam_vit_b"}, 2),
         (10**6, 2, 2, GIB, {}, 0),
@@ -93,7 +93,7 @@ def test_memory_that_is_free_is_what_this_process_may_have():
 @pytest.mark.skipif(cluster.processes_for(Settings(), 10**6) < 2, reason="one core, or memory for one process")
 def test_a_file_of_many_tasks_is_shared_by_processes_unless_one_says_otherwise(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "tile.png"), bright_image((8, 8, 40, 40), size=(64, 64)))
-    tasks = [{"id": n, "data": {"image": f"/data/local-files/?d=tile.png&n={n}"}} for n in range(48)]
+    tasks = [{"id": n, "data": {"image": f"/data/local-files/?d=tile.png&n={n}"}} for n in range(128)]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GEOPRELABEL")} | {
         "GEOPRELABEL_DATA_DIR": str(tmp_path), "LOCAL_FILES_DOCUMENT_ROOT": str(tmp_path), "LABEL_STUDIO_URL": "",
@@ -110,10 +110,10 @@ def test_a_file_of_many_tasks_is_shared_by_processes_unless_one_says_otherwise(t
     (shared, first), (alone, second) = told
     assert "processes of this machine; dashboard: http://127.0.0.1:" in shared
     assert len(shared.splitlines()) == 1
-    assert (first["predicted"], first["resumed"], first["failed"]) == (48, 0, 0)
+    assert (first["predicted"], first["resumed"], first["failed"]) == (128, 0, 0)
     # The same weights, so what they made need not be made again.
     assert alone == ""
-    assert (second["predicted"], second["resumed"]) == (48, 48)
+    assert (second["predicted"], second["resumed"]) == (128, 128)
 
 
 def test_tasks_are_taken_as_they_are_needed(client: Any):

@@ -13,7 +13,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,9 @@ from backend.errors import BadWeights
 from backend.predictor import Predictor
 from backend.registry import HEADS_FILE, Registry
 from backend.settings import Settings
+from backend.stores import store_at
 from tests.fakes import BrightSegmenter
+from tests.small_s3 import s3_server
 
 VENV = os.environ.get("GEOPRELABEL_MLFLOW_VENV", "")
 MLFLOW = str(Path(VENV) / "bin" / "mlflow") if VENV else shutil.which("mlflow") or ""
@@ -163,6 +165,33 @@ def test_weights_that_were_damaged_there_are_not_activated(server: Server, tmp_p
     _, there = registry_at(server.url, tmp_path / "server")
     with pytest.raises(BadWeights, match="damaged"):
         there.activate("3.5", "c-whole")
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_weights_lie_where_artifacts_says_beside_a_server_too(url: str, tmp_path: Path, kind: str):
+    with ExitStack() as stack:
+        if kind == "bucket":
+            _, client = stack.enter_context(s3_server())
+            client.create_bucket(Bucket="weights")
+        kept, project = ("s3://weights/may" if kind == "bucket" else str(tmp_path / "kept")), f"5{len(kind)}.5"
+        maker, server = (
+            Settings(data_dir=tmp_path / name, mlflow_tracking_uri=url, artifacts=kept) for name in ("maker", "server")
+        )
+        published(Registry(maker), project, f"f-{kind}", tmp_path)
+        there = Registry(server)
+        predictor = Predictor(server, there, segmenter=BrightSegmenter())
+        predictor.start()
+        try:
+            predictor.wait(60)
+            # Its own name for the same weights, as above.
+            deadline = time.monotonic() + 30
+            while predictor.version(project) == "bright-1" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert predictor.version(project) == f"f-{kind}"
+        finally:
+            predictor.stop()
+        assert there.champions()[project].heads_path.read_bytes() == f"f-{kind}".encode()
+        assert store_at(kept).get(f"f-{kind}/{HEADS_FILE}") == f"f-{kind}".encode()
 
 
 def test_a_server_that_goes_away_leaves_the_live_version_in_place_and_comes_back(server: Server, tmp_path: Path):
