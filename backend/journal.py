@@ -15,7 +15,9 @@ import functools
 import itertools
 import json
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -131,8 +133,29 @@ class Journal:
         self.database = database or Database(settings)
         self._problems = Problems(settings.data_dir)
         self._paused_until = 0.0
-        self.has_missed = False
-        """Whether this process had an event that it could not write down, which `reconcile` has to make up for."""
+        self._missed: Counter[str] = Counter()
+        self._missed_lock = threading.Lock()
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether this process had an event that it could not write down, and `reconcile` has not made up for it."""
+        return bool(self._missed)
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """How many events of each project those are."""
+        with self._missed_lock:
+            return dict(self._missed)
+
+    def miss(self, project: str) -> None:
+        """Remember that an event of the project could not be written down."""
+        with self._missed_lock:
+            self._missed[project] += 1
+
+    def made_up_for(self, missed: Mapping[str, int]) -> None:
+        """Forget so many; what was missed meanwhile stays."""
+        with self._missed_lock:
+            self._missed -= Counter(missed)
 
     @property
     def is_empty(self) -> bool:
@@ -142,14 +165,14 @@ class Journal:
     def note(self, project: str, payload: Mapping[str, Any]) -> None:
         """Write down a webhook event. Never raises: Label Studio keeps what is missed here, and `reconcile` gets it."""
         if time.monotonic() < self._paused_until:
-            self.has_missed = True
+            self.miss(project)
             return
         try:
             self._do(lambda base: _write_event(base, project, payload), wait_s=_GLANCE_S)
         except Exception as error:
             if not isinstance(error, JournalError):
                 log.exception("an event of project %s could not be written down", project)
-            self.has_missed = True
+            self.miss(project)
             self._paused_until = time.monotonic() + _PAUSE_S
             self._problems.add(f"journal, project {project}", f"{error}; the next training asks Label Studio instead")
 

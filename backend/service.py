@@ -283,7 +283,7 @@ class Service:
         try:
             return ask()
         except (OSError, DatabaseError) as error:
-            self.journal.has_missed = True
+            self.journal.miss(project)
             self.problems.add(f"training, project {project}", f"{error}; Label Studio will be asked what was missed")
             return False
 
@@ -299,7 +299,6 @@ class Service:
             if not is_due and not self.journal.has_missed:
                 continue
             try:
-                self.journal.has_missed = False
                 self._reconcile()
                 pause_s, is_due = RECONCILE_PAUSE_S, False
             except (BackendError, OSError) as error:
@@ -308,8 +307,12 @@ class Service:
 
     def _reconcile(self) -> None:
         """Have every project's journal say what Label Studio says, and ask for training where enough was missed."""
-        projects = [project for project in self.journal.projects() if project.split(".")[0].isdigit()]
+        # A project that was missed may have no journal yet.
+        missed = self.journal.missed
+        known = dict.fromkeys([*self.journal.projects(), *missed])
+        projects = [project for project in known if project.split(".")[0].isdigit()]
         if not projects:
+            self.journal.made_up_for(missed)
             return
         # In turn, or what several server processes find missing would be counted by each.
         with self.database.in_turn("reconcile"), client_of(self.settings) as label_studio:
@@ -324,6 +327,7 @@ class Service:
                 if changes:
                     log.info("project %s: %d annotations had changed unnoticed", project, changes)
                     self.jobs.changed(project, changes)
+        self.journal.made_up_for(missed)
 
     def versions(self, project: str | None = None) -> list[str]:
         """Names of all model versions, newest first, the shipped weights last."""
