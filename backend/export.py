@@ -34,19 +34,7 @@ from .report import ExportReport, report_page
 from .sketch import ImageOf, Sketch
 from .spool import Spool
 
-__all__ = ["ON_INVALID", "ExportOptions", "ExportReport", "export", "workers_for"]
-
-_LARGE_FILE_BYTES = 60_000_000
-"""Files above this are worth the seconds that it takes to start processes: some 150,000 outlines."""
-
-_MOST_WORKERS = 4
-"""More than these wait for the process that joins what they made."""
-
-
-def workers_for(file: Path | None, *, cores: int) -> int:
-    """How many processes an export of that file of tasks is worth; one for tasks that come from Label Studio."""
-    is_large = file is not None and file.is_file() and file.stat().st_size > _LARGE_FILE_BYTES
-    return min(cores, _MOST_WORKERS) if is_large else 1
+__all__ = ["ON_INVALID", "ExportOptions", "ExportReport", "export"]
 
 
 def export(

@@ -16,7 +16,7 @@ import pytest
 from backend import annotations
 from backend.annotations import TaskFile
 from backend.errors import BadRequest, ExportError
-from backend.export import ExportOptions, ExportReport, export, workers_for
+from backend.export import ExportOptions, ExportReport, export
 from tests.test_export import CONFIG
 from tests.test_export_arrays import mixture
 
@@ -109,13 +109,3 @@ def test_a_broken_file_is_refused_by_several_as_by_one(tmp_path: Path, monkeypat
         with pytest.raises(BadRequest, match="is not JSON"):
             export(TaskFile(path), tmp_path / "a.geojson", label_config=CONFIG, workers=workers)
     assert not (tmp_path / "a.geojson").exists()
-
-
-def test_only_large_files_are_shared(tmp_path: Path) -> None:
-    path = town(tmp_path, copies=1)
-    assert workers_for(path, cores=8) == 1
-    assert workers_for(None, cores=8) == 1
-    with path.open("ab") as file:
-        file.truncate(100_000_000)
-    assert workers_for(path, cores=2) == 2
-    assert workers_for(path, cores=64) == 4
