@@ -226,7 +226,7 @@ def local(
     preload = dask.config.get("distributed.worker.preload")
     config = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in environment.items()} | {
         "distributed.scheduler.allowed-failures": 1,
-        # It stops a tile's threads every 10 ms to look where they are, which is a quarter of the tile's time.
+        # It stops a tile's threads every 10 ms to look where they are.
         "distributed.worker.profile.enabled": False,
         # Or a worker that died and is not back within 15 s never comes back: after the last one the run stands still.
         "distributed.deploy.lost-worker-timeout": "1000h",

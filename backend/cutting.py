@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from multiprocessing.connection import wait
 
 from .errors import BadScene
+from .hands import Hands
 from .scenes import MAX_CACHE_BYTES, Pixels
 from .stores import Store
 from .tiles import Planned, TileSet
@@ -62,26 +57,16 @@ def cut(tiles: TileSet, store: Store | None, jobs: Iterable[Work], *, workers: i
                 yield job, cutter.cut(job)
         return
     listed = iter(jobs)
-    runs: deque[tuple[list[Work], Future[list[Cut]]]] = deque()
-    # Forked children would share what libraries of the parent hold: locks, connections, handles.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (tiles, store, MAX_CACHE_BYTES // workers)) as pool:
-        try:
-            while True:
-                # A few ahead, so that nobody waits for work and memory stays small.
-                while len(runs) < 3 * workers and (run := list(islice(listed, _RUN_TILES))):
-                    runs.append((run, pool.submit(_cut_run, run)))
-                if not runs:
-                    return
-                run, future = runs.popleft()
-                yield from zip(run, future.result(), strict=True)
-        except BrokenProcessPool as error:
-            raise BadScene(
-                "a process that cuts tiles was ended, perhaps for want of memory; run the same command with fewer"
-                " --workers, it goes on behind the tiles that are there"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    runs = iter(lambda: list(islice(listed, _RUN_TILES)), [])
+    try:
+        with Hands(workers, partial(_start, tiles, store, MAX_CACHE_BYTES // workers)) as hands:
+            for run, made in hands.map(_cut_run, runs):
+                yield from zip(run, made, strict=True)
+    except BrokenProcessPool as error:
+        raise BadScene(
+            "a process that cuts tiles was ended, perhaps for want of memory; run the same command with fewer"
+            " --workers, it goes on behind the tiles that are there"
+        ) from error
 
 
 class _Cutter:
@@ -114,18 +99,8 @@ def _start(tiles: TileSet, store: Store | None, cache_bytes: int) -> None:
     global _cutter
     from rasterio._env import get_gdal_config, set_gdal_config
 
-    # The parent answers to Ctrl-C. Should it be killed, nobody else would end this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     set_gdal_config("GDAL_CACHEMAX", min(get_gdal_config("GDAL_CACHEMAX"), cache_bytes))
     _cutter = _Cutter(tiles, store, ExitStack())
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _cut_run(run: list[Work]) -> list[Cut]:

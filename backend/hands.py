@@ -20,10 +20,11 @@ _Done = TypeVar("_Done")
 class Hands:
     """Some processes, started when there is first something to do, and ended with the block or with this process."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, prepare: Callable[[], None] | None = None) -> None:
+        """``prepare`` is what each of them does first; it is pickled."""
         self.workers = workers
         # Forked children would share what libraries of the parent hold: locks, connections, handles.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (prepare,))
 
     def __enter__(self) -> Hands:
         return self
@@ -51,10 +52,12 @@ class Hands:
             yield job, future.result()
 
 
-def _start() -> None:
+def _start(prepare: Callable[[], None] | None) -> None:
     # The parent answers to Ctrl-C. Should it be killed, nobody else would end this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare()
 
 
 def _end_with_parent() -> None:
