@@ -58,10 +58,12 @@ SYNONYMS: tuple[frozenset[str], ...] = (
     frozenset({"building", "building footprint", "footprint", "structure", "house", "home", "hut", "roof", "rooftop"}),
     frozenset({"road", "street", "highway", "roadway", "lane", "carriageway"}),
     frozenset({"water", "water body", "waterbody", "river", "lake", "pond", "stream", "canal", "reservoir", "sea"}),
-    frozenset({"vegetation", "tree", "forest", "wood", "woodland", "canopy", "tree canopy", "shrub", "bush"}),
+    frozenset({"vegetation", "greenery", "green", "green area"}),
+    frozenset({"tree", "forest", "wood", "woodland", "canopy", "tree canopy"}),
+    frozenset({"shrub", "bush"}),
     frozenset({"field", "agricultural field", "agriculture", "parcel", "crop", "cropland", "farm", "farmland"}),
 )
-"""Names that mean the same thing on an aerial image, singular and lower case."""
+"""Names that mean the same thing on an aerial image, singular and lower case. A lawn is vegetation, and no tree."""
 
 
 # --- Label config ---

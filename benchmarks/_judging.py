@@ -194,7 +194,7 @@ def held_out_tiles(data: Path, out: Path, *, side_px: int = 1024) -> dict[tuple[
     """What training watches itself on, by data folder and class, cut to tiles of that side at most; ``out`` gets them.
 
     The split is that of ``sheets`` in model_weights/train.py. Classes other than building and field are left out: their
-    truth is patches of a mask, or lines of one width.
+    truth is patches of a mask, or lines of one width, and ``calibrate.py`` judges their pre-labels.
     """
     spec = importlib.util.spec_from_file_location("train", REPOSITORY / "model_weights" / "train.py")
     assert spec is not None

@@ -41,8 +41,17 @@ from backend.segmenter import Embedding
 FloatArray = NDArray[np.float64]
 
 PLACE_PX = 512
-SCALES = {"hot_banepa_e2e": 1.0, "hot_zanzibar": 1.0, "massachusetts_buildings_figs": 2.0, "agoro_fields": 1.0}
+SCALES = {
+    "hot_banepa_e2e": 1.0, "hot_zanzibar": 1.0, "massachusetts_buildings_figs": 2.0, "agoro_fields": 1.0,
+    "naip_urban_trees": 2.0, "dubai_mbrsc": 1.0,
+}  # fmt: skip
 """The data folders whose objects are all outlined, and how much they are enlarged: a place is 512 px wide then."""
+
+LABELS = ("building", "field", "water", "vegetation")
+"""Classes that are fitted; of the others, what is right is not told by a common outline."""
+
+OUTLINED = ("building", "field")
+"""Classes of single objects. The rest comes in patches, and two numbers that hold for all classes are told by these."""
 
 MOST_PLACES = 40
 """Of a data folder that training learned from."""
@@ -64,16 +73,14 @@ class View:
     """A place as it was looked at."""
 
     group: str
+    label: str
     fold: int | None
     """None for a place that training learned from."""
 
     is_plain: bool
     rgb: NDArray[np.uint8]
     truth: NDArray[np.int32]
-
-    @property
-    def label(self) -> str:
-        return "field" if self.group == "agoro_fields" else "building"
+    """Number of the label's object at each pixel, 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +112,21 @@ class Judged:
 
 def views(data: Path, seed: int = 1) -> Iterator[View]:
     rng = np.random.default_rng(seed)
-    places: dict[tuple[str, bool], list[tuple[int, NDArray[np.uint8], NDArray[np.int32]]]] = {}
+    places: dict[tuple[str, str, bool], list[tuple[int, NDArray[np.uint8], NDArray[np.int32]]]] = {}
     for sheet in train.sheets(data):
-        if sheet.group not in SCALES:
-            continue
-        found = places.setdefault((sheet.group, sheet.held_out), [])
-        side, (height, width) = round(PLACE_PX / SCALES[sheet.group]), sheet.rgb.shape[:2]
-        # Photographs are places of their own, and scenes are many places.
-        number = (found[-1][0] if found else -1) + 1
-        for top in range(0, max(1, height - side // 2), side):
-            for left in range(0, max(1, width - side // 2), side):
-                part = np.s_[top : top + side, left : left + side]
-                if (sheet.instances[part] > 0).sum() > LEAST_OBJECT_PX:
-                    found.append((number, sheet.rgb[part], sheet.instances[part]))
-                    number += 1 if sheet.group.startswith("hot_") else 0
-    for (group, held_out), found in places.items():
+        for label in (name for name in LABELS if sheet.group in SCALES and train.LABELS.index(name) in sheet.known):
+            found = places.setdefault((sheet.group, label, sheet.held_out), [])
+            side, (height, width) = round(PLACE_PX / SCALES[sheet.group]), sheet.rgb.shape[:2]
+            objects = objects_of(sheet, label)
+            # Photographs are places of their own, and scenes are many places.
+            number = (found[-1][0] if found else -1) + 1
+            for top in range(0, max(1, height - side // 2), side):
+                for left in range(0, max(1, width - side // 2), side):
+                    part = np.s_[top : top + side, left : left + side]
+                    if (objects[part] > 0).sum() > LEAST_OBJECT_PX:
+                        found.append((number, sheet.rgb[part], objects[part]))
+                        number += 1 if sheet.group.startswith("hot_") else 0
+    for (group, label, held_out), found in places.items():
         if not held_out:
             found = [found[i] for i in rng.permutation(len(found))[:MOST_PLACES]]
         for number, rgb, truth in found:
@@ -132,7 +139,17 @@ def views(data: Path, seed: int = 1) -> Iterator[View]:
                 if not is_plain:
                     seen, there = turned(seen, there, rng)
                 fold = number % FOLDS if held_out else None
-                yield View(group, fold, is_plain, np.ascontiguousarray(seen), np.ascontiguousarray(there, np.int32))
+                yield View(
+                    group, label, fold, is_plain, np.ascontiguousarray(seen), np.ascontiguousarray(there, np.int32)
+                )
+
+
+def objects_of(sheet: train.Sheet, label: str) -> NDArray[np.int32]:
+    """Number of the label's object at each pixel, 0 for none; patches where the sheet does not tell objects apart."""
+    is_label = sheet.classes[sheet.instances] == train.LABELS.index(label)
+    if not sheet.prompted:
+        return np.asarray(cv2.connectedComponents(is_label.astype(np.uint8))[1], np.int32)
+    return np.where(is_label, sheet.instances, 0)
 
 
 def turned(
@@ -270,35 +287,40 @@ def main() -> None:
                 [o for o in (samples if learned else held_out) if o.view.label == label and o.view.fold != fold],
                 columns,
             )
-            for label in ("building", "field")
+            for label in LABELS
             for fold in range(FOLDS)
         }
         ways[way] = [own_chances(one, by_fold[one.view.label, one.view.fold or 0]) for one in held_out]
-    factors = told(held_out, ways["with evidence"])
+    outlined = [one for one in held_out if one.view.label in OUTLINED]
+    of_outlined = [c for one, c in zip(held_out, ways["with evidence"], strict=True) if one.view.label in OUTLINED]
+    factors = told(outlined, of_outlined)
     print("EXCLUSIVE =", factors)
     ways["and exclusion"] = [
         instances.exclusive(one.candidates, own, min_area_px=MIN_AREA_PX, factors=factors)
         for one, own in zip(held_out, ways["with evidence"], strict=True)
     ]
-    for group in dict.fromkeys(one.view.group for one in held_out):
-        own = [(o, c) for o, c in zip(held_out, ways["and exclusion"], strict=True) if o.view.group == group]
-        print("MISSED_PER_DOUBT,", group, round(missed_per_doubt(*(list(c) for c in zip(*own, strict=True))), 2))
+    sets = dict.fromkeys((one.view.group, one.view.label) for one in held_out)
+    for of in sets:
+        own = [
+            (o, c) for o, c in zip(held_out, ways["and exclusion"], strict=True) if (o.view.group, o.view.label) == of
+        ]
+        print("MISSED_PER_DOUBT,", *of, round(missed_per_doubt(*(list(c) for c in zip(*own, strict=True))), 2))
     for way, chances in ways.items():
-        for group in dict.fromkeys(one.view.group for one in held_out):
+        for of in sets:
             for views_of, is_all in (("as they are", False), ("all views", True)):
                 chosen = [
                     (one, chance)
                     for one, chance in zip(held_out, chances, strict=True)
-                    if one.view.group == group and (is_all or one.view.is_plain)
+                    if (one.view.group, one.view.label) == of and (is_all or one.view.is_plain)
                 ]
-                print(way, group, views_of, figures(*(list(column) for column in zip(*chosen, strict=True))))
+                print(way, *of, views_of, figures(*(list(column) for column in zip(*chosen, strict=True))))
     scoring: dict[str, list[float]] = {}
     evidence: dict[str, list[list[float]]] = {}
-    for label in ("building", "field"):
+    for label in LABELS:
         own = fitted([one for one in samples if one.view.label == label], every)
         scoring[label] = [*own[:HAND].tolist(), 1.0, 1.0, float(own[-1])]
         evidence[label] = own[HAND:-1].reshape(2, -1).tolist()
-    alone = fitted(held_out, HAND).tolist()
+    alone = fitted(outlined, HAND).tolist()
     scoring[instances.ANY_LABEL] = [*alone[:-1], 0.0, 0.0, alone[-1]]
     content = arguments.weights.read_bytes()
     with safetensors.safe_open(str(arguments.weights), "pt") as file:
