@@ -364,19 +364,6 @@ class TaskFile:
         """Raises BadRequest naming what is wrong with the file."""
         return tasks_in(self.path, unread=True)
 
-    def texts(self) -> Iterator[bytes]:
-        """The file in parts of whole tasks, for `tasks_of`. Raises BadRequest."""
-        with _readable(self.path):
-            for text, is_cut in _texts_in(self.path):
-                yield text
-                if is_cut:
-                    raise BadRequest(f"{self.path} is not JSON: its list of tasks does not end")
-
-    def tasks_of(self, text: bytes, first: int) -> Iterator[dict[str, Any]]:
-        """The tasks of a part, of which the first has that number. Raises BadRequest."""
-        with _readable(self.path):
-            yield from _tasks_of(text, first, self.path, _thin_tasks)
-
 
 def tasks_in(path: Path, *, unread: bool = False) -> Iterator[dict[str, Any]]:
     """The tasks of a ``tasks.json`` or a Label Studio export, one after the other, without reading the file whole.

@@ -9,11 +9,14 @@ import errno
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -58,6 +61,13 @@ Resources = Annotated[str | None, typer.Option(help="What a tile asks of a Dask 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 err = Console(stderr=True)
 _debug = False
+_WAYS_OUT = {
+    errno.ENOSPC: "make room and run the command again",
+    errno.EEXIST: "a folder is wanted there; name another",
+    errno.ENOTDIR: "a folder is wanted there; name another",
+    errno.EISDIR: "a file is wanted there; name one",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a place that this user may write to"),
+}
 
 
 def main() -> None:
@@ -74,8 +84,8 @@ def main() -> None:
         if _debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        way_out = "; make room and run the command again" if error.errno == errno.ENOSPC else ""
-        _fail(f"{where}{error.strerror or error}{way_out}")
+        way_out = _WAYS_OUT.get(error.errno or 0, "")
+        _fail(f"{where}{error.strerror or error}" + (f"; {way_out}" if way_out else ""))
 
 
 def _fail(sentence: str, code: int = 1) -> NoReturn:
@@ -159,7 +169,26 @@ def serve(
 def _run(settings: Settings) -> None:
     from .server import serve as run
 
+    _await_port(settings.port)
     run(settings)
+
+
+def _await_port(port: int, patience_s: float = 5.0) -> None:
+    """Wait until the port is free, as a server that is just ending leaves it. Raises BackendError where it is not."""
+    until = time.monotonic() + patience_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                    raise BackendError(
+                        f"port {port} cannot be listened at ({error.strerror}); stop what uses it, or set PORT to"
+                        " another, for the server and for the commands"
+                    ) from error
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -278,8 +307,8 @@ def push(
     project: Annotated[str, typer.Option(help="Title of the project, created where there is none.")] = "GeoPrelabel",
     config: Annotated[Path | None, typer.Option(help="Label config; empty: configs/buildings.xml.")] = None,
     backend_url: Annotated[
-        str, typer.Option(help="Where Label Studio reaches this backend.")
-    ] = "http://localhost:9090",
+        str, typer.Option(help="Where Label Studio reaches this backend; empty: http://localhost:PORT.")
+    ] = "",
     connect: Annotated[
         bool, typer.Option("--connect/--no-connect", help="Connect the backend and its webhook.")
     ] = True,
@@ -298,10 +327,11 @@ def push(
 
     Example: geoprelabel push geoprelabel-data/tasks.json --project "My town"
     """
-    from .annotations import tasks_in
+    from .annotations import tasks_in, without_task
+    from .labelstudio import image_of
     from .push import PATIENCE, write_for_storage
     from .push import push as run
-    from .service import client_of
+    from .service import client_of, parsed_config
 
     settings = _settings()
     # Read twice: what is wrong with it is said before anything is sent, and no more than a part is in memory.
@@ -312,10 +342,22 @@ def push(
         _print({"written": written, "tasks": total}, as_json, f"{written} of {total} tasks written to {storage}")
         return
     label_config = _config(config)
+    if not project.strip():
+        raise BadRequest(f"--project must be a title, got {project!r}")
+    if connect and backend_url and not backend_url.startswith(("http://", "https://")):
+        raise BadRequest(f"--backend-url must start with http:// or https://, got {backend_url!r}")
+    parsed = parsed_config(label_config)
+    try:
+        for task in islice(tasks_in(tasks), 1):
+            for tag in parsed.tags:
+                image_of(task, tag)
+    except BadRequest as error:
+        raise BadRequest(f"the label config does not fit {tasks}: {without_task(str(error), task)}") from error
+    backend_at = (backend_url or f"http://localhost:{settings.port}") if connect else None
     if checks:
         from .doctor import before_push
 
-        found = [check for check in before_push(settings, backend_url if connect else None) if check.state != "ok"]
+        found = [check for check in before_push(settings, backend_at) if check.state != "ok"]
         for check in found:
             err.print(check.line(), markup=False, highlight=False, soft_wrap=True)
         if any(check.state == "fail" for check in found):
@@ -323,7 +365,7 @@ def push(
     with client_of(settings, attempts=PATIENCE) as label_studio, _bar("pushing") as show:
         done = run(
             label_studio, settings, tasks_in(tasks), title=project, label_config=label_config,
-            backend_url=backend_url if connect else None, total=total, progress=show,
+            backend_url=backend_at, total=total, progress=show,
         )  # fmt: skip
     _print(
         asdict(done), as_json,
@@ -390,17 +432,20 @@ def predict(
     from .bulk import predict_project, predict_to_file
     from .cluster import Job
     from .datamanager import show_scores
-    from .service import client_of, project_key_of
+    from .service import client_of, parsed_config, project_key_of
 
     if (tasks is None) == (project is None) or (tasks is not None and out is None):
         raise typer.BadParameter("give TASKS.json with --out FILE, or --project N")
     settings = _settings(dask_scheduler=scheduler, dask_resources=resources)
+    if out is not None and out.is_dir():
+        raise BadRequest(f"--out {out} is a folder; name a file, such as {out / 'predictions.json'}")
     with ExitStack() as stack:
         if project is not None:
             label_studio = stack.enter_context(client_of(settings))
             found = label_studio.project(project)
             count = int(found.get("task_number") or 0)
             job = Job(found["label_config"], project_key_of(found))
+            parsed_config(job.label_config)
             crew = stack.enter_context(_crew(settings, job, workers, count, batch))
             report = predict_project(
                 label_studio, project, crew.predict, version=crew.version, fingerprint=crew.fingerprint,
@@ -413,6 +458,7 @@ def predict(
             assert out is not None
             count = sum(1 for _ in tasks_in(tasks, unread=True))
             job = Job(_config(config))
+            parsed_config(job.label_config)
             crew = stack.enter_context(_crew(settings, job, workers, count, batch))
             report = predict_to_file(
                 lambda: tasks_in(tasks), out, crew.predict, fingerprint=crew.fingerprint, keep_blocks=keep_blocks,
@@ -423,6 +469,7 @@ def predict(
     _print(
         asdict(report), as_json,
         f"{report.predicted} of {report.tasks} tasks predicted, {report.polygons} polygons"
+        + (f"; {report.resumed} were predicted before" if report.resumed else "")
         + (f"; {report.failed} failed, and the same command tries those again" if report.failed else ""),
     )  # fmt: skip
     if report.failed and not report.predicted:
@@ -690,9 +737,6 @@ def export(
     edits: Annotated[
         Path | None, typer.Option(help="A .gpkg of an earlier export, edited in QGIS: its edits count, by id.")
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes that share the work; on two cores one is as fast.")
-    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Reviewed annotations as vectors on Earth (EPSG:4326), valid, and whole across tile borders.
@@ -728,7 +772,6 @@ def export(
             report_path=report,
             image_of=image_of,
             edits=changed,
-            workers=workers,
         )
     _print(asdict(done), as_json, done.sentence())
 
@@ -817,13 +860,16 @@ def models_list(
     if as_json:
         typer.echo(json.dumps([asdict(v) for v in versions], indent=2, default=str))
         return
-    table = Table("project", "version", "live", "made (UTC)", "F1@0.5", "tiles", "note")
+    # Whole names within 80 columns, since other commands take them; why a version went live or not, `show` says.
+    table = Table(box=None)
+    for heading in ("project", "version", "live", "made (UTC)", "F1@0.5", "tiles"):
+        table.add_column(heading, no_wrap=True, overflow="fold")
     for v in versions:
         judged = v.metrics.get("judging") or {}
         f1 = f"{judged['f1']['before']:.2f} → {judged['f1']['after']:.2f}" if judged else "not judged"
         table.add_row(
-            *(v.project, v.name, "yes" if v.is_champion else "", f"{v.created:%Y-%m-%d %H:%M}", f1),
-            *(str(judged.get("tiles", "")), v.tags.get("note", "")),
+            *(v.project.split(".")[0], v.name, "yes" if v.is_champion else "", f"{v.created:%Y-%m-%d %H:%M}", f1),
+            str(judged.get("tiles", "")),
         )
     Console().print(table if versions else "no version was trained yet; the shipped model serves all projects")
 
@@ -947,7 +993,8 @@ def weights_list(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(listed, indent=2))
         return
-    table = Table("name", "MB", "licence", "here", "from")
+    table = Table("name", "MB", "licence", "here", box=None)
+    table.add_column("from", overflow="fold")
     for row in listed:
         size = f"{row['nbytes'] / 1e6:.0f}"
         table.add_row(row["name"], size, row["licence"], "yes" if row["is_here"] else "", row["url"])

@@ -1,20 +1,14 @@
-"""Label Studio's tasks → outlines in the frame of their scene: in arrays and files, not in memory.
-
-Several processes may read a share each; what they read is taken in in order.
-"""
+"""Label Studio's tasks → outlines in the frame of their scene: in arrays and files, not in memory."""
 
 from __future__ import annotations
 
 import gc
 import json
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import islice
-from pathlib import Path
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -25,11 +19,10 @@ from shapely.geometry.base import BaseGeometry
 
 from . import annotations as drawn
 from . import labelstudio
-from .annotations import Making, PlainOutline, Predicted, TaskFile, is_damage, is_repair
+from .annotations import Making, PlainOutline, Predicted, is_damage, is_repair
 from .datasets import KINDS
 from .earth import Area, Lineage, area_of
-from .errors import BackendError, BadRequest, BadTile, ExportError
-from .hands import Hands
+from .errors import BadRequest, BadTile, ExportError
 from .labelstudio import LabelConfig
 from .report import Conflict
 from .rings import Outlines, Rings
@@ -44,8 +37,8 @@ MAX_FINDINGS = 200
 
 BATCH_OUTLINES = 4096
 
-_MANY_SCENES = 256
-"""Scenes, of those that came last, that others who read are told of."""
+_BATCH_BYTES = 1 << 22
+"""Of outlines' points as text, at which fewer are a batch: a few long ones take as much memory as many short ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +96,6 @@ class Tally:
     label_area_m2: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     chosen: Counter[str] = field(default_factory=Counter)
     sketch: Sketch | None = None
-
-    def add(self, other: Tally) -> None:
-        """Count what was read elsewhere, after what was counted so far."""
-        self.tasks += other.tasks
-        self.annotations += other.annotations
-        self.regions += other.regions
-        self.repaired += other.repaired
-        for own, its in ((self.dropped, other.dropped), (self.refused, other.refused), (self.chosen, other.chosen)):
-            own.update(its)
-        for what, place in zip(other.findings, other.places, strict=True):
-            self.find(what, place)
 
     def find(self, what: str, place: Place) -> None:
         if len(self.findings) < MAX_FINDINGS:
@@ -232,11 +214,6 @@ class Store:
 
     ids_are_numbers: bool = True
 
-    @property
-    def spools(self) -> tuple[Spool, ...]:
-        """What is filled by reading."""
-        return self.rings, self.shapes, self.regions, self.makings
-
     def number_of(self, text: str) -> int:
         return self.texts.setdefault(text, len(self.texts))
 
@@ -308,17 +285,13 @@ class Reader:
     ) -> None:
         """``pointless`` says why the file has no points; empty where it has."""
         self._pointless = pointless
-        self.plan = options, config, pointless
         self._options = options
         self._config = config
         self._store = store
         self._tally = tally
-        self._scenes: dict[_Key, DrawnScene] = {}
-        self.anchors: dict[_Key, Tile] = {}
-        """First tiles of scenes, also of those that came elsewhere."""
-
+        self._scenes: dict[tuple[str, str], DrawnScene] = {}
         self._waiting: dict[int, list[tuple[_Source, list[PlainOutline] | list[_Outline]]]] = {}
-        self._under_way = 0
+        self._under_way = self._under_way_bytes = 0
 
     def read(self, task: Mapping[str, Any]) -> None:
         """Take a task's outlines in."""
@@ -349,7 +322,8 @@ class Reader:
                 outlines = plain if plain is not None else self._careful(source, annotation)
                 self._waiting.setdefault(id(scene), []).append((source, outlines))
                 self._under_way += len(outlines)
-        if self._under_way >= BATCH_OUTLINES:
+                self._under_way_bytes += sum([len(outline.value.points) for outline in plain or ()])
+        if self._under_way >= BATCH_OUTLINES or self._under_way_bytes >= _BATCH_BYTES:
             self._store_waiting()
 
     def finish(self) -> list[DrawnScene]:
@@ -357,41 +331,11 @@ class Reader:
         self._store_waiting()
         return list(self._scenes.values())
 
-    def take(self, part: _Part) -> bool:
-        """Go on from what was read elsewhere; False, and nothing is taken, where it began a scene with another tile."""
-        anchors = [scene.anchor for scene in part.scenes]
-        if any(self.anchors.get(_key(anchor), anchor) != anchor for anchor in anchors):
-            return False
-        store = self._store
-        firsts = [len(spool) for spool in store.spools]
-        first_ring, first_shape, first_region, first_making = firsts
-        for spool, whole in zip(store.spools, part.spools, strict=True):
-            spool.extend(*whole)
-        # The last stands for −1, an unknown version.
-        texts = np.array([*map(store.number_of, part.texts), -1], np.int32)
-        store.ids_are_numbers &= part.ids_are_numbers
-        for theirs in part.scenes:
-            scene = self._scene(theirs.anchor)
-            for rows in theirs.outlines:
-                rows["number"] += first_region
-                rows["shape"] += np.where(rows["is_ring"], first_ring, first_shape)
-                rows["annotation"] += first_making
-                rows["task"] += self._tally.tasks
-                rows["view"] += len(scene.tiles)
-                rows["label"], rows["version"] = texts[rows["label"]], texts[rows["version"]]
-            scene.outlines += theirs.outlines
-            scene.tiles += theirs.tiles
-            scene.addresses += theirs.addresses
-            scene.settle()
-        self._tally.add(part.tally)
-        return True
-
     def _scene(self, tile: Tile) -> DrawnScene:
         """The scene that the tile is of."""
-        key = _key(tile)
+        key = tile.scene, str(tile.crs)
         if key not in self._scenes:
-            anchor = self.anchors.setdefault(key, tile)
-            self._scenes[key] = DrawnScene(anchor, anchor.scene.encode(errors="replace").decode())
+            self._scenes[key] = DrawnScene(tile, tile.scene.encode(errors="replace").decode())
         return self._scenes[key]
 
     def _careful(self, source: _Source, annotation: Mapping[str, Any]) -> list[_Outline]:
@@ -484,7 +428,8 @@ class Reader:
 
     def _store_waiting(self) -> None:
         """Bring what waits into its scene's frame, all at once, and lay it down."""
-        waiting, self._waiting, self._under_way = self._waiting, {}, 0
+        waiting, self._waiting = self._waiting, {}
+        self._under_way = self._under_way_bytes = 0
         for listed in waiting.values():
             self._lay_down(listed[0][0].scene, listed)
 
@@ -595,79 +540,6 @@ class Reader:
         rows = np.zeros(count, OUTLINE)
         rows["number"] = np.arange(len(self._store.regions), len(self._store.regions) + count)
         return rows
-
-
-_Key = tuple[str, str]
-"""Of a scene: its name and CRS."""
-
-
-def _key(tile: Tile) -> _Key:
-    return tile.scene, str(tile.crs)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """What was read of some tasks in another process."""
-
-    scenes: list[DrawnScene]
-    """Without their views."""
-
-    spools: list[tuple[bytes, NDArray[np.int64]]]
-    texts: list[str]
-    ids_are_numbers: bool
-    tally: Tally
-
-
-def read_file(file: TaskFile, reader: Reader, hands: Hands | None) -> None:
-    """Take the file's tasks in, part by part, alone or with others."""
-    first = 0
-
-    def read(text: bytes) -> None:
-        nonlocal first
-        for task in file.tasks_of(text, first):
-            reader.read(task)
-            first += 1
-        reader.finish()
-
-    if hands is None:
-        for text in file.texts():
-            read(text)
-        return
-    jobs = ((text, dict(islice(reversed(reader.anchors.items()), _MANY_SCENES))) for text in file.texts())
-    for (text, _), part in hands.map(partial(_read_part, file, reader.plan), jobs):
-        if part is not None and reader.take(part):
-            first += part.tally.tasks
-        else:
-            read(text)
-
-
-def _read_part(
-    file: TaskFile, plan: tuple[ExportOptions, LabelConfig | None, str], job: tuple[bytes, dict[_Key, Tile]]
-) -> _Part | None:
-    """What some tasks hold; ``job`` is their text and the first tiles of the scenes that are known.
-
-    None where that is for the process to find out that knows what came before.
-    """
-    options, config, pointless = plan
-    text, anchors = job
-    tally = Tally()
-    with ExitStack() as stack:
-        stack.enter_context(settled())
-        rings, shapes, regions, makings, joined = (
-            stack.enter_context(Spool(Path(tempfile.gettempdir()))) for _ in range(5)
-        )
-        store = Store(rings, shapes, regions, makings, joined)
-        reader = Reader(options, config, store, tally, pointless=pointless)
-        reader.anchors.update(anchors)
-        try:
-            for task in file.tasks_of(text, 0 if text.lstrip()[:1] != b"," else 1):
-                reader.read(task)
-            scenes = reader.finish()
-        except BackendError:
-            return None
-        for scene in scenes:
-            scene.views = []
-        return _Part(scenes, [spool.whole() for spool in store.spools], list(store.texts), store.ids_are_numbers, tally)
 
 
 def _rings_px(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
 
 from .errors import BadScene
-from .hands import Hands
 from .scenes import MAX_CACHE_BYTES, Pixels
 from .stores import Store
 from .tiles import Planned, TileSet
@@ -59,14 +64,34 @@ def cut(tiles: TileSet, store: Store | None, jobs: Iterable[Work], *, workers: i
     listed = iter(jobs)
     runs = iter(lambda: list(islice(listed, _RUN_TILES)), [])
     try:
-        with Hands(workers, partial(_start, tiles, store, MAX_CACHE_BYTES // workers)) as hands:
-            for run, made in hands.map(_cut_run, runs):
-                yield from zip(run, made, strict=True)
+        yield from _cut_by_several(tiles, store, runs, workers)
     except BrokenProcessPool as error:
         raise BadScene(
             "a process that cuts tiles was ended, perhaps for want of memory; run the same command with fewer"
             " --workers, it goes on behind the tiles that are there"
         ) from error
+
+
+def _cut_by_several(
+    tiles: TileSet, store: Store | None, runs: Iterable[list[Work]], workers: int
+) -> Iterator[tuple[Work, Cut]]:
+    """As `cut`, by processes that end with this one. Raises BrokenProcessPool where one of them was ended."""
+    # Forked children would share what libraries of the parent hold: locks, connections, handles.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start, (tiles, store, MAX_CACHE_BYTES // workers)
+    )
+    under_way: deque[tuple[list[Work], Future[list[Cut]]]] = deque()
+    try:
+        for run in runs:
+            under_way.append((run, pool.submit(_cut_run, run)))
+            # A few ahead, so that nobody waits for work and memory stays small.
+            if len(under_way) > 2 * workers:
+                run, made = under_way.popleft()
+                yield from zip(run, made.result(), strict=True)
+        for run, made in under_way:
+            yield from zip(run, made.result(), strict=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Cutter:
@@ -99,8 +124,18 @@ def _start(tiles: TileSet, store: Store | None, cache_bytes: int) -> None:
     global _cutter
     from rasterio._env import get_gdal_config, set_gdal_config
 
+    # The parent answers to Ctrl-C. Should it be killed, nobody else would end this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     set_gdal_config("GDAL_CACHEMAX", min(get_gdal_config("GDAL_CACHEMAX"), cache_bytes))
     _cutter = _Cutter(tiles, store, ExitStack())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _cut_run(run: list[Work]) -> list[Cut]:

@@ -9,9 +9,8 @@ read page by page and laid down in a file (`spool`); then objects are joined and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,13 @@ import numpy as np
 import shapely
 
 from . import labelstudio
-from .annotations import TaskFile
-from .collect import ON_INVALID, DrawnScene, ExportOptions, Place, Reader, Store, Tally, read_file, settled
+from .collect import ON_INVALID, DrawnScene, ExportOptions, Place, Reader, Store, Tally, settled
 from .datasets import FileNames, Picture, SceneFeatures, check_name, write_dataset
 from .earth import Lineage, checked_lineage, lineage_record, versions
 from .edits import Edits
 from .errors import ExportError
 from .features import DesktopEdits, features_of
-from .formats import BETWEEN, Remark, check_ending, write, write_text
-from .hands import Hands
+from .formats import Remark, check_ending, write, write_text
 from .labelstudio import LabelConfig
 from .report import ExportReport, report_page
 from .sketch import ImageOf, Sketch
@@ -46,16 +43,13 @@ def export(
     report_path: Path | None = None,
     image_of: ImageOf | None = None,
     edits: Edits | None = None,
-    workers: int = 1,
 ) -> ExportReport:
     """Write the annotations of Label Studio's JSON tasks as features in EPSG:4326; the ending of ``out`` says how.
 
     ``label_config`` is the project's, where known: it tells prompts from regions. ``report_path`` takes the report as
     an HTML page, with the tiles as ``image_of`` fetches them. ``edits`` made in a desktop GIS count more
-    than annotations. ``workers`` processes share the work, and the file is the same to the byte; they read
-    the tasks too where those come as a `TaskFile`. The file appears whole or not at all. Raises ExportError
-    where no task has both a place and an annotation, where an outline is invalid and ``on_invalid`` is ``error``, and
-    where a CRS cannot be left exactly.
+    than annotations. The file appears whole or not at all. Raises ExportError where no task has both a place and an
+    annotation, where an outline is invalid and ``on_invalid`` is ``error``, and where a CRS cannot be left exactly.
     """
     options = options or ExportOptions()
     if options.format:
@@ -67,9 +61,6 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(settled())
-        # Reports and desktop edits look at single features, and datasets at single tiles.
-        is_shared = workers > 1 and not (options.format or report_path or edits)
-        hands = stack.enter_context(_hands(workers)) if is_shared else None
         rings, shapes, regions, makings, joined = (stack.enter_context(Spool(out.parent)) for _ in range(5))
         store = Store(rings, shapes, regions, makings, joined)
         tally = Tally(sketch=Sketch() if report_path is not None else None)
@@ -79,11 +70,8 @@ def export(
                 tally.dropped[pointless] += lost
             edits = edits.of_outlines()
         reader = Reader(options, config, store, tally, pointless=pointless)
-        if isinstance(tasks, TaskFile):
-            read_file(tasks, reader, hands)
-        else:
-            for task in tasks:
-                reader.read(task)
+        for task in tasks:
+            reader.read(task)
         scenes = reader.finish()
         if not scenes:
             raise ExportError(_why_nothing(tally))
@@ -92,7 +80,7 @@ def export(
         lineages = _ways_out([scene.lineage for scene in scenes if scene.lineage])
         pending = DesktopEdits(edits, scenes)
         record = lineage_record(lineages, made_at=made_at)
-        written = _write(scenes, store, out, options, config, tally, record, pending, hands)
+        written = _write(scenes, store, out, options, config, tally, record, pending)
     pending.finish(tally)
     report = ExportReport(
         out=out,
@@ -127,18 +115,6 @@ def _pointless(kind: str) -> str:
     return f"point, for which {named} has no place" if named else ""
 
 
-@contextmanager
-def _hands(workers: int) -> Iterator[Hands]:
-    """That many processes. Raises ExportError where one of them was ended."""
-    try:
-        with Hands(workers) as hands:
-            yield hands
-    except BrokenProcessPool as error:
-        raise ExportError(
-            "a process that shares the export was ended, perhaps for want of memory; run it again with fewer --workers"
-        ) from error
-
-
 def _ways_out(lineages: Iterable[Lineage]) -> list[Lineage]:
     """Each way out of a CRS once, in order: scenes far apart may leave one CRS by different operations."""
     found: dict[tuple[str, str], Lineage] = {}
@@ -165,14 +141,12 @@ def _write(
     tally: Tally,
     lineage: Mapping[str, Any],
     edits: DesktopEdits,
-    hands: Hands | None,
 ) -> int:
     """Write the features of all scenes. Returns how many there are."""
     # What came over the wire may hold half characters, which no file can.
     texts = [text.encode(errors="replace").decode() for text in store.texts]
     remarks = [_remark(place) for place in tally.places]
-    between = BETWEEN.get(out.suffix.lower())
-    by_scene = (features_of(scene, store, texts, options, tally, remarks, edits, hands, between) for scene in scenes)
+    by_scene = (features_of(scene, store, texts, options, tally, remarks, edits) for scene in scenes)
     if not options.format:
         batches = (batch for features in by_scene for batch, _ in features)
         return write(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -19,9 +18,8 @@ from .annotations import Making
 from .collect import BATCH_OUTLINES, MAX_FINDINGS, OUTLINE, DrawnScene, ExportOptions, Store, Tally, any_edit
 from .earth import Area
 from .edits import Edit, Edits
-from .formats import FIELDS, Batch, Coded, FeatureText, Remark
+from .formats import FIELDS, Batch, Coded, Remark
 from .ground import lonlat_outlines, outline_areas_m2
-from .hands import Hands
 from .report import Conflict
 from .rings import IntArray, Outlines, runs
 from .seams import Pieces, WholeObjects, near_pairs, whole_objects
@@ -41,27 +39,13 @@ def features_of(
     tally: Tally,
     remarks: list[Remark],
     edits: DesktopEdits,
-    hands: Hands | None,
-    between: str | None,
 ) -> Iterator[tuple[Batch, Outlines]]:
-    """The features of a scene with their outlines in its frame; after the last one its conflicts are in the tally.
-
-    ``between`` is what stands between features where the file is GeoJSON.
-    """
+    """The features of a scene with their outlines in its frame; after the last one its conflicts are in the tally."""
     rows = np.concatenate([*scene.outlines, np.empty(0, OUTLINE)])
     scene.outlines.clear()
     watches = bool(edits.read) or len(np.unique(rows["label"])) > 1
     features = _Features(scene, rows, store, texts, edits, watch_conflicts=watches)
-    materials = (features.material(objects) for objects in _whole_objects(scene, rows, store, options, tally))
-    if hands is None:
-        made: Iterator[tuple[_Material, tuple[Batch, IntArray]]] = (
-            (material, features.maker.made(material)) for material in materials
-        )
-    else:
-        keep = frozenset({"label", "area_m2", *(("id", "tasks") if watches else ())})
-        work = features.maker.made if between is None else partial(features.maker.written, between, keep)
-        made = hands.map(work, materials)
-    batches = (features.batch(material, batch, left, tally) for material, (batch, left) in made)
+    batches = (features.batch(objects, tally) for objects in _whole_objects(scene, rows, store, options, tally))
     for batch, outlines_px in chain(batches, (features.drawn_on_desktop() for _ in range(1))):
         if not len(batch):
             continue
@@ -133,24 +117,14 @@ class _Features:
         self._labels: dict[str, int] = {}
         self._written: list[NDArray[Any]] = []
         self._first = len(store.joined)
-        self.maker = _Maker(scene.name, scene.anchor, scene.area(), texts, store.ids_are_numbers)
+        self._maker = _Maker(scene.name, scene.anchor, scene.area(), texts, store.ids_are_numbers)
 
-    def material(self, objects: WholeObjects) -> _Material:
-        """What is known of objects."""
-        rows = self._rows[objects.members]
-        used, by = np.unique(rows["annotation"], return_inverse=True)
-        makings, regions = self._store.makings.read(used.astype(np.int64)), self._store.regions.read(rows["number"])
-        return _Material(self._outlines(objects), rows, objects.starts, makings, by, regions)
-
-    def batch(self, material: _Material, batch: Batch, left: IntArray, tally: Tally) -> tuple[Batch, Outlines]:
-        """Features as they are to be written, and their outlines in the scene's frame.
-
-        ``left`` are the objects of which something is left on the grid of coordinates; the others are counted.
-        """
+    def batch(self, objects: WholeObjects, tally: Tally) -> tuple[Batch, Outlines]:
+        """Features as they are to be written, and their outlines in the scene's frame."""
+        material, batch = self._maker.made(self._material(objects))
         outlines_px = material.outlines_px
-        if lost := len(outlines_px) - len(left):
+        if lost := len(objects) - len(batch):
             tally.dropped["smaller than the coordinates can tell"] += lost
-            outlines_px = outlines_px.take(left)
         if self._edits.read:
             listed = {name: list(values) for name, values in batch.columns.items()}
             geometry, shapes_px = batch.geometry, outlines_px.shapes
@@ -160,6 +134,13 @@ class _Features:
             batch = Batch(outlines, columns | {"area_m2": _areas_m2(outlines)})
         self._keep(outlines_px, batch.columns)
         return batch, outlines_px
+
+    def _material(self, objects: WholeObjects) -> _Material:
+        """What is known of objects."""
+        rows = self._rows[objects.members]
+        used, by = np.unique(rows["annotation"], return_inverse=True)
+        makings, regions = self._store.makings.read(used.astype(np.int64)), self._store.regions.read(rows["number"])
+        return _Material(self._outlines(objects), rows, objects.starts, makings, by, regions)
 
     def _outlines(self, objects: WholeObjects) -> Outlines:
         """Outlines of objects, in the scene's frame."""
@@ -283,7 +264,7 @@ class _Material:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Maker:
-    """Makes features of one scene; in any process."""
+    """Makes features of one scene."""
 
     scene: str
     anchor: Tile
@@ -291,20 +272,14 @@ class _Maker:
     texts: Sequence[str]
     ids_are_numbers: bool
 
-    def made(self, material: _Material) -> tuple[Batch, IntArray]:
-        """Features, and of which of the objects something is left on the grid of coordinates."""
-        outlines, left = lonlat_outlines(material.outlines_px, self.anchor, self.area), np.arange(len(material))
+    def made(self, material: _Material) -> tuple[_Material, Batch]:
+        """The objects of which something is left on the grid of coordinates, and their features."""
+        outlines = lonlat_outlines(material.outlines_px, self.anchor, self.area)
         lost = outlines.other_at[shapely.is_missing(outlines.others)]
         if len(lost):
-            left = np.setdiff1d(left, lost)
+            left = np.setdiff1d(np.arange(len(material)), lost)
             material, outlines = material.take(left), outlines.take(left)
-        return Batch(outlines, self._columns(material) | {"area_m2": _areas_m2(outlines)}), left
-
-    def written(self, between: str, keep: Set[str], material: _Material) -> tuple[Batch, IntArray]:
-        """The same as text, with only those columns beside it."""
-        batch, left = self.made(material)
-        columns = {name: column for name, column in batch.columns.items() if name in keep}
-        return Batch(Outlines.of(()), columns, FeatureText.of(batch, between=between)), left
+        return material, Batch(outlines, self._columns(material) | {"area_m2": _areas_m2(outlines)})
 
     def _columns(self, material: _Material) -> dict[str, Sequence[Any]]:
         """All attributes but the area."""

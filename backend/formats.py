@@ -107,9 +107,6 @@ class Batch:
     columns: Mapping[str, Sequence[Any]]
     """The attributes that ``FIELDS`` names, each of N values."""
 
-    text: FeatureText | None = None
-    """The features as they are written, where another process has done that; the rest may then be missing."""
-
     def __len__(self) -> int:
         return len(self.columns["label"])
 
@@ -124,29 +121,6 @@ class Batch:
         return Batch(
             self.outlines.take(at), {name: [col[i] for i in at.tolist()] for name, col in self.columns.items()}
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureText:
-    """Features as GeoJSON."""
-
-    lines: bytes
-    """Of each feature one, with what stands between them and nothing at the end."""
-
-    boxes: NDArray[np.float64]
-    """West, south, east, north of each, (N, 4)."""
-
-    @classmethod
-    def of(cls, batch: Batch, *, between: str) -> FeatureText:
-        """The features of a batch, with a text of its kind between them."""
-        if batch.text is not None:
-            return batch.text
-        boxes = _boxes(batch.outlines)
-        return cls(between.join(_features(batch, boxes)).encode(), boxes)
-
-
-BETWEEN = {".geojson": ",\n", ".json": ",\n", ".geojsonl": "\n", ".ndjson": "\n"}
-"""What stands between features in files of text, by the file's ending."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -301,10 +275,10 @@ class FeatureLines:
         """Add features."""
         if not len(batch):
             return
-        text = FeatureText.of(batch, between=BETWEEN[".geojson"])
+        boxes = _boxes(batch.outlines)
         self._file.write(b"\n" if self._box is None else b",\n")
-        self._file.write(text.lines)
-        self._box = _around(text.boxes if self._box is None else np.vstack((self._box, text.boxes)))
+        self._file.write(_features(batch, boxes, between=",\n"))
+        self._box = _around(boxes if self._box is None else np.vstack((self._box, boxes)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -323,34 +297,35 @@ class FeatureLines:
 def _write_lines(batches: Iterable[Batch], path: Path) -> None:
     with path.open("wb") as file:
         for batch in batches:
-            file.write(FeatureText.of(batch, between=BETWEEN[".geojsonl"]).lines + b"\n")
+            file.write(_features(batch, _boxes(batch.outlines), between="\n") + b"\n")
 
 
-def _features(batch: Batch, boxes: NDArray[np.float64]) -> list[str]:
-    """Each feature as GeoJSON text, with the shortest numbers that read back as the same: no more decimals."""
-    groups: list[list[str]] = []
-    members: list[str] = []
-    shared: IntArray | None = None
+def _features(batch: Batch, boxes: NDArray[np.float64], *, between: str) -> bytes:
+    """Features as GeoJSON text, with the shortest numbers that read back as the same: no more decimals."""
+    count = len(batch)
+    # A feature is a row of these texts.
+    sides: list[list[str]] = [['{"type":"Feature","bbox":['] * count, _number_texts(boxes, _BOX_ENDS)]
+    before = '],"properties":{'
     columns = [(f'"{name}":', batch.columns[name], FIELDS[name]) for name in FIELDS]
     at = 0
     while at < len(columns):
         name, column, kind = columns[at]
         at += 1
-        if not isinstance(column, Coded):
-            members.append(name + "%s")
-            groups.append(_texts(column, kind))
-            continue
-        shared = column.codes
-        texts = [name + text for text in _texts(column.values, kind)]
-        while at < len(columns) and isinstance(more := columns[at][1], Coded) and more.codes is shared:
-            name, _, kind = columns[at]
-            texts = [f"{text},{name}{also}" for text, also in zip(texts, _texts(more.values, kind), strict=True)]
-            at += 1
-        members.append("%s")
-        groups.append([texts[code] for code in shared.tolist()])
-    feature = '{"type":"Feature","bbox":[%s],"properties":{' + ",".join(members) + '},"geometry":%s}'
-    rows = zip(_number_texts(boxes, _BOX_ENDS), *groups, _geometry_texts(batch.outlines), strict=True)
-    return [feature % row for row in rows]
+        if isinstance(column, Coded):
+            texts = [before + name + text for text in _texts(column.values, kind)]
+            while at < len(columns) and isinstance(more := columns[at][1], Coded) and more.codes is column.codes:
+                name, _, kind = columns[at]
+                texts = [f"{text},{name}{also}" for text, also in zip(texts, _texts(more.values, kind), strict=True)]
+                at += 1
+            sides.append([texts[code] for code in column.codes.tolist()])
+        else:
+            sides += [[before + name] * count, _texts(column, kind)]
+        before = ","
+    sides += [['},"geometry":'] * count, _geometry_texts(batch.outlines), ["}" + between] * count]
+    texts = [""] * (count * len(sides))
+    for number, side in enumerate(sides):
+        texts[number :: len(sides)] = side
+    return "".join(texts).removesuffix(between).encode()
 
 
 def _texts(values: Sequence[Any], kind: str) -> list[str]:

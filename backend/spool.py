@@ -48,16 +48,6 @@ class Spool:
         end = self._ends.pop()
         self._ends.extend(accumulate(map(len, listed), initial=end))
 
-    def extend(self, blobs: bytes, ends: NDArray[np.int64]) -> None:
-        """Put what `whole` has of another at the end."""
-        self._file.write(blobs)
-        self._ends.frombytes((self._ends[-1] + ends).tobytes())
-
-    def whole(self) -> tuple[bytes, NDArray[np.int64]]:
-        """All byte strings, one after the other, and where each ends."""
-        self._file.flush()
-        return os.pread(self._file.fileno(), self._ends[-1], 0), np.array(self._ends[1:], np.int64)
-
     def append_rows(self, rows: NDArray[Any], lengths: NDArray[np.int64]) -> None:
         """Put as many rows of an array as each length says at the end, as a byte string each."""
         self._file.write(np.ascontiguousarray(rows).data)

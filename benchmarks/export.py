@@ -11,15 +11,15 @@ Makes a Label Studio export of a made-up town (rotated and L-shaped buildings on
 * *floor*: what is left when all else is free: ``json.load`` of the input, PROJ on one array of all points, pyogrio
   writing finished geometries. For comparison also the parser that we read with.
 
-Outlines of 6 points are what people draw of houses, more are what a model draws. Figures are processor time, of one
-process that does one thing at a time, and time on the clock beside it.
+Figures are processor time, of one process that does one thing at a time, and time on the clock beside it.
 
-``--workers N`` adds our export shared by N processes, the seconds included that it takes to start them: give
-``--annotations 200000`` or more. Their processor time is that of all together; the ratio to the loop is that on the
-clock, and only counts on a machine that has nothing else to do.
+People draw houses with 4 to 6 points, a model draws 10 to 40: the last table has the ratio to the loop for each. The
+loop pays for each point; ours pays for each region its id, checks and attributes, and for each point little more than
+reading a number, PROJ and writing a number. The ratio that counts is that to the loop with one transformer, the best
+of its kind, at the fewest points, where it is least.
 
-``--memory`` runs only our export of that many annotations, in this process or with ``--workers``, and prints the
-greatest resident size of all together; with two sizes the slope tells what a million take.
+``--memory`` runs only our export of that many annotations and prints its greatest resident size; with two sizes the
+slope tells what a million take.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def cost(work: Callable[[], Any]) -> Cost:
     return Cost(float(spent[:4].sum()), time.perf_counter() - start)
 
 
-def compare(annotations: int, sample: int, points_each: int, repeat: int, workers: int) -> None:
-    """Print what each way costs, in microseconds a region, and how many times faster ours is.
+def compare(annotations: int, sample: int, points_each: int, repeat: int) -> list[float]:
+    """Print what each way costs, in microseconds a region, and how many times faster ours is: a row of the last table.
 
     Each is done several times, one after the other, and the least counts: what else the machine does comes and goes.
     """
@@ -214,9 +214,9 @@ def compare(annotations: int, sample: int, points_each: int, repeat: int, worker
         def keep(name: str, work: Callable[[], Any], units: int) -> None:
             kept[name] = work, units
 
-        def ours(*, merge_seams: bool, workers: int = 1) -> Callable[[], Any]:
+        def ours(*, merge_seams: bool) -> Callable[[], Any]:
             options = ExportOptions(merge_seams=merge_seams)
-            return lambda: export(TaskFile(source), out, options=options, workers=workers)
+            return lambda: export(TaskFile(source), out, options=options)
 
         ours(merge_seams=False)()
         frame = geopandas.read_file(out)
@@ -227,9 +227,6 @@ def compare(annotations: int, sample: int, points_each: int, repeat: int, worker
         keep("loop, transformer made for each point", lambda: loop(few, out, "for each point"), few_count)
         keep("ours, outlines as drawn", ours(merge_seams=False), count)
         keep("ours, seams merged", ours(merge_seams=True), count)
-        if workers > 1:
-            keep(f"ours, outlines as drawn, {workers} processes", ours(merge_seams=False, workers=workers), count)
-            keep(f"ours, seams merged, {workers} processes", ours(merge_seams=True, workers=workers), count)
         transformer = pyproj.Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
         keep("floor: PROJ, one array", lambda: transformer.transform(points[:, 0] + 354000, points[:, 1] + 3e6), count)
         layer_options = {"RFC7946": "YES", "WRITE_BBOX": "YES", "COORDINATE_PRECISION": "7"}
@@ -246,32 +243,35 @@ def compare(annotations: int, sample: int, points_each: int, repeat: int, worker
         for name, (cpu, wall) in costs.items():
             print(f"{name:52} {cpu:9.1f} us a region, {wall:9.1f} on the clock")
         for name in (name for name in costs if name.startswith("ours")):
-            for other, (cpu, wall) in costs.items():
+            for other, (cpu, _) in costs.items():
                 if other.startswith("loop"):
-                    is_shared = "processes" in name
-                    ratio, on = (wall / costs[name].wall, " on the clock") if is_shared else (cpu / costs[name].cpu, "")
-                    print(f"{name}: {ratio:.1f} times faster than the {other}{on}")
+                    print(f"{name}: {cpu / costs[name].cpu:.1f} times faster than the {other}")
         floor = sum(cpu for name, (cpu, _) in costs.items() if name.startswith("floor"))
         print(f"seams merged to as drawn: {costs['ours, seams merged'].cpu / costs['ours, outlines as drawn'].cpu:.2f}")
         print(f"distance to the floor (all three): {costs['ours, seams merged'].cpu / floor:.2f}")
+        drawn, merged, once, each = (
+            costs[name].cpu
+            for name in (
+                "ours, outlines as drawn",
+                "ours, seams merged",
+                "loop, transformer made once",
+                "loop, transformer made for each region",
+            )
+        )
+        return [len(points) / count, drawn, merged, once / drawn, once / merged, each / drawn, each / merged]
 
 
-def memory(annotations: int, ending: str, points_each: int, workers: int) -> None:
+def memory(annotations: int, ending: str, points_each: int) -> None:
     """Print the greatest resident size of an export of that many regions."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "tasks.json"
         count = make_export(source, annotations, points=points_each)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        spent = cost(lambda: export(TaskFile(source), Path(folder) / f"out.{ending}", workers=workers))
-        own, largest = (
-            resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        all_mb = own + (workers * largest if workers > 1 else 0)
+        spent = cost(lambda: export(TaskFile(source), Path(folder) / f"out.{ending}"))
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
-            f"{count} regions to .{ending}, {workers} processes beside this one: {all_mb:.0f} MB at most in all"
-            if workers > 1
-            else f"{count} regions to .{ending}: {all_mb:.0f} MB at most",
-            f"(this one before: {before:.0f} MB), {spent.cpu:.1f} s, {spent.wall:.1f} s on the clock",
+            f"{count} regions to .{ending}: {most:.0f} MB at most (before: {before:.0f} MB),"
+            f" {spent.cpu:.1f} s, {spent.wall:.1f} s on the clock"
         )
 
 
@@ -283,10 +283,17 @@ if __name__ == "__main__":
     parser.add_argument("--sample", type=int, default=200, help="regions for the slow variants of the loop")
     parser.add_argument("--memory", action="store_true", help="only our export, and its greatest resident size")
     parser.add_argument("--ending", default="geojson", help="format of --memory")
-    parser.add_argument("--workers", type=int, default=1, help="also with so many processes; with --memory, by them")
     args = parser.parse_args()
     if args.memory:
-        memory(args.annotations, args.ending, args.points[0], args.workers)
+        memory(args.annotations, args.ending, args.points[0])
     else:
-        for points_each in args.points:
-            compare(args.annotations, args.sample, points_each, args.repeat, args.workers)
+        table = [compare(args.annotations, args.sample, points_each, args.repeat) for points_each in args.points]
+        print(
+            "points a region | us as drawn, merged | faster than the loop: as drawn, merged | its transformer made anew"
+        )
+        for points, drawn, merged, *ratios in table:
+            once_drawn, once_merged, each_drawn, each_merged = (f"{ratio:5.1f}" for ratio in ratios)
+            print(
+                f"{points:15.1f} | {drawn:8.1f} {merged:10.1f} | {once_drawn:>29} {once_merged:>7}"
+                f" | {each_drawn:>15} {each_merged:>9}"
+            )

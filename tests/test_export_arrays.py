@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shapely.geometry import shape
 
 from backend import annotations as drawn
+from backend import collect
 from backend.annotations import tasks_in
 from backend.errors import ExportError
 from backend.export import ExportOptions, export
@@ -156,6 +157,18 @@ def test_tasks_from_a_file_and_from_memory_make_the_same_text(
     assert len(texts) in (0, 2)
 
 
+@pytest.mark.parametrize(("name", "limit"), [("BATCH_OUTLINES", 3), ("_BATCH_BYTES", 500)])
+def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
+    tasks = [task | {"id": number} for number, task in enumerate(mixture(1, odd=0.2) + mixture(2, odd=0.2))]
+    whole = exported(tasks, tmp_path / "whole.geojson")
+    laid_down = []
+    before = collect.Reader._lay_down
+    monkeypatch.setattr(collect.Reader, "_lay_down", lambda *args: (laid_down.append(1), before(*args))[1])
+    monkeypatch.setattr(collect, name, limit)
+    assert exported(tasks, tmp_path / "parts.geojson") == whole
+    assert len(laid_down) > 2
+
+
 # Rings
 
 
@@ -203,7 +216,7 @@ def test_numbers_are_written_as_they_are_and_no_longer(corner: tuple[int, int], 
     from backend.formats import FIELDS, Batch
 
     columns = {name: [[] if kind == "ids" else None] for name, kind in FIELDS.items()}
-    (text,) = _features(Batch(outlines, columns), _boxes(outlines))
+    text = _features(Batch(outlines, columns), _boxes(outlines), between="\n").decode()
     feature = json.loads(text)
     assert feature["geometry"]["coordinates"] == [points.tolist()]
     assert feature["bbox"] == [*points.min(axis=0), *points.max(axis=0)]
