@@ -671,17 +671,30 @@ def _window(lowest: FloatArray, highest: FloatArray, grid_wh: tuple[int, int], s
     return _Window(left, top, size[0], size[1], shrink)
 
 
-class CompactSegmenter:
+class OnTorch:
+    """What computes on a device of torch, and on how many processors where that is them."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self.threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        """Processors that it may use in all; one where it computes elsewhere."""
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many processors what the calling thread asks for from now on."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(count)
+
+
+class CompactSegmenter(OnTorch):
     """A ``Segmenter`` on the shipped weights, with a project's own heads where it has trained some."""
 
     def __init__(self, net: CompactNet, base_version: str, *, device: str = "cpu") -> None:
-        self._device = torch.device(device)
+        super().__init__(device)
         self._net = net.eval().requires_grad_(False).to(self._device)
         self._net.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its types
         self._heads: dict[str, AnyHead] = dict(zip(net.labels, cast("Iterable[DenseHead]", net.heads), strict=True))
         self._scoring = net.scoring
         self._evidence = {label.casefold(): torch.from_numpy(v).to(self._device) for label, v in net.evidence.items()}
-        self._threads = torch.get_num_threads() if self._device.type == "cpu" else 1
         self._net_version = self.base_version = base_version
         self.version = base_version
 
@@ -694,16 +707,6 @@ class CompactSegmenter:
             torch.set_num_threads(threads)
         segmenter = cls(*_load_base(path or SHIPPED_WEIGHTS), device=device)
         return segmenter if heads is None else segmenter.with_heads(heads)
-
-    @property
-    def threads(self) -> int:
-        """Processors that it may use in all; one where it computes elsewhere."""
-        return self._threads
-
-    def use_threads(self, count: int) -> None:
-        """Compute on so many processors what the calling thread asks for from now on."""
-        if self._device.type == "cpu":
-            torch.set_num_threads(count)
 
     def with_heads(self, path: Path) -> CompactSegmenter:
         """The same network with a project's heads: they replace those of the same name, and come after the others."""

@@ -23,6 +23,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import sha256_of
-from .compact import CELL_PX, read_scoring, save_heads
+from .compact import CELL_PX, OnTorch, read_scoring, save_heads
 from .errors import BadImage, BadWeights
 from .segmenter import DenseMaps, Embedding, Masks, Prompts
 
@@ -100,17 +101,16 @@ class SamHead(nn.Module):
         return logits
 
 
-class SamSegmenter:
+class SamSegmenter(OnTorch):
     """A ``Segmenter`` on a checkpoint of Segment Anything, with a project's own heads where it has trained some."""
 
     def __init__(self, sam: Any, base_version: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         """``dtype`` is what the encoder computes in; None: float32, or bfloat16 where the device is made for that."""
-        self._device = torch.device(device)
+        super().__init__(device)
         self._sam = sam.eval().requires_grad_(False).to(self._device)
         self._dtype = dtype or fitting_dtype(self._device)
         self._heads: dict[str, SamHead] = {}
         self._scoring: Mapping[str, tuple[float, ...]] = {}
-        self._threads = torch.get_num_threads() if self._device.type == "cpu" else 1
         self.base_version = base_version
         self.version = base_version
         self.frame_px: int = sam.image_encoder.img_size
@@ -136,16 +136,6 @@ class SamSegmenter:
             raise BadWeights(f"{path} is damaged or no checkpoint of Segment Anything: {reason}") from error
         segmenter = cls(build(state, str(path)), f"{name}-{(sha256 or sha256_of(path))[:8]}", device=device)
         return segmenter if heads is None else segmenter.with_heads(heads)
-
-    @property
-    def threads(self) -> int:
-        """Processors that it may use in all; one where it computes elsewhere."""
-        return self._threads
-
-    def use_threads(self, count: int) -> None:
-        """Compute on so many processors what the calling thread asks for from now on."""
-        if self._device.type == "cpu":
-            torch.set_num_threads(count)
 
     def with_heads(self, path: Path) -> SamSegmenter:
         """The same network with a project's heads. Raises BadWeights."""
@@ -366,20 +356,51 @@ class SamSegmenter:
             yield which.cpu().numpy() + start, logits[part].cpu().numpy(), ious.cpu().numpy()
 
 
-class _ManyClicks:
-    """SAM's prompt decoder for many single clicks on one image.
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """SAM's cells for N clicks: ``factor`` times what the image gives them, plus ``mix`` of what they were told."""
 
-    Its few tokens are projected to what they ask of the image's many cells, rather than the cells to what they offer:
-    the same products in another order, less than half of the work. The masks of clicks that the decoder expects nothing
-    of are never drawn.
+    factor: Tensor
+    """(N or 1, h · w)."""
+
+    mix: Tensor
+    """(N, R, h · w)."""
+
+    told: Tensor
+    """(N, R, C)."""
+
+    said: tuple[Tensor, ...] = ()
+    """``told`` layer by layer as tokens and heads said it, (N, heads, T, d) each."""
+
+
+class _ManyClicks:
+    """SAM's prompt decoder for many single clicks on one image, with the products that the clicks share made once.
+
+    All clicks see the same cells, and a layer only adds a mix of what few tokens tell them, of a rank far below the
+    count of their channels. So the image's part of each product with the cells is made once for all clicks, and the
+    click's part on tokens rather than on channels. The normalisation keeps that form: a factor for each cell. The masks
+    of clicks that the decoder expects nothing of are never drawn.
     """
 
     def __init__(self, sam: Any, cells: Tensor, pe: Tensor) -> None:
         self._prompts, self._decoder = sam.prompt_encoder, sam.mask_decoder
         _, no_mask = self._prompts(points=None, boxes=None, masks=None)
-        # Each cell's channels side by side, or every sum with them would be made in the other order and copied.
-        self._keys = (cells + no_mask).flatten(2).transpose(1, 2).contiguous()
-        self._pe = pe.flatten(2).transpose(1, 2).contiguous()
+        own, place = (maps.flatten(2)[0].T.contiguous() for maps in (cells + no_mask, pe))
+        constant = own.new_zeros(own.shape[1])
+        voices: list[Tensor] = []
+        self._layers = []
+        for layer in self._decoder.transformer.layers:
+            asking = _AskingCells(layer.cross_attn_token_to_image, own, place, constant)
+            telling = _TellingCells(layer.cross_attn_image_to_token, layer.norm4, own, place, constant, voices)
+            self._layers.append((layer, asking, telling))
+            own, voices, constant = telling.own, telling.voices, layer.norm4.bias
+        self._last = _AskingCells(self._decoder.transformer.final_attn_token_to_image, own, place, constant)
+        # Enlarging by two is a product of each cell with what its four pixels become.
+        enlarging, _, _, again, _ = self._decoder.output_upscaling
+        self._enlarging = enlarging.weight.permute(0, 2, 3, 1).flatten(1)
+        self._enlarged = own @ self._enlarging
+        self._enlarged_bias = constant @ self._enlarging + enlarging.bias.repeat(4)
+        self._again, self._again_bias = again.weight.permute(0, 2, 3, 1).flatten(1), again.bias.repeat(4)
 
     def masks(self, points: Tensor, least_iou: float) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the click (M,), logits (M, h, w), expected IoU (M,) of the candidates of clicks (N, 1, 2)."""
@@ -387,72 +408,125 @@ class _ManyClicks:
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
         sparse, _ = self._prompts(points=(points, labels), boxes=None, masks=None)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(len(points), -1, -1)
-        tokens, keys = self._two_way(torch.cat([own, sparse], 1))
+        tokens, cells = self._two_way(torch.cat([own, sparse], 1))
         ious = decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
         wanted = ious > least_iou
-        some = wanted.any(1)
-        side = math.isqrt(keys.shape[1])
-        if not some.any():
-            empty = ious.new_zeros(0)
-            return empty.long(), empty.view(0, 4 * side, 4 * side), empty
-        drawn = decoder.output_upscaling(keys[some].transpose(1, 2).reshape(-1, keys.shape[2], side, side))
         networks = decoder.output_hypernetworks_mlps[1:]
-        hyper = torch.stack([network(tokens[some, 2 + i]) for i, network in enumerate(networks)], 1)
-        logits = torch.einsum("nkc,nchw->nkhw", hyper, drawn)
-        which = some.nonzero()[:, :1].expand(-1, len(networks))
-        chosen = wanted[some]
-        return which[chosen], logits[chosen], ious[some][chosen]
+        hyper = torch.stack([network(tokens[:, 2 + i]) for i, network in enumerate(networks)], 1)
+        side = 4 * math.isqrt(len(self._enlarged))
+        # One by one, a click's enlarged cells stay in the processor's cache.
+        drawn = [self._drawn(cells, i, hyper[i, wanted[i]]) for i in wanted.any(1).nonzero()[:, 0].tolist()]
+        return wanted.nonzero()[:, 0], torch.cat([hyper.new_empty(0, side, side), *drawn]), ious[wanted]
 
-    def _two_way(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, T, C) and cells (N, h · w, C) after they have looked at each other."""
-        transformer = self._decoder.transformer
-        tokens, keys = prompts, self._keys
-        for layer in transformer.layers:
+    def _two_way(self, prompts: Tensor) -> tuple[Tensor, _Cells]:
+        """Tokens (N, T, C), and the cells, after they have looked at each other."""
+        transformer, tokens = self._decoder.transformer, prompts
+        nothing = prompts.new_empty(len(prompts), 0, len(self._enlarged)), prompts[:, :0]
+        cells = _Cells(prompts.new_ones(1, len(self._enlarged)), *nothing)
+        for layer, asking, telling in self._layers:
             if layer.skip_first_layer_pe:
                 tokens = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
             else:
                 q = tokens + prompts
                 tokens = layer.norm1(tokens + layer.self_attn(q=q, k=q, v=tokens))
-            with_pe = keys + self._pe
-            tokens = layer.norm2(
-                tokens + _asked_of_cells(layer.cross_attn_token_to_image, tokens + prompts, with_pe, keys)
-            )
+            tokens = layer.norm2(tokens + asking(tokens + prompts, cells))
             tokens = layer.norm3(tokens + layer.mlp(tokens))
-            keys = layer.norm4(
-                _told_to_cells(layer.cross_attn_image_to_token, with_pe, tokens + prompts, tokens).add_(keys)
-            )
-        last = transformer.final_attn_token_to_image
-        return transformer.norm_final_attn(
-            tokens + _asked_of_cells(last, tokens + prompts, keys + self._pe, keys)
-        ), keys
+            cells = telling(tokens + prompts, tokens, cells)
+        return transformer.norm_final_attn(tokens + self._last(tokens + prompts, cells)), cells
+
+    def _drawn(self, cells: _Cells, click: int, hyper: Tensor) -> Tensor:
+        """Logits (K, 4h, 4w) of a click's candidates whose weights are (K, c)."""
+        _, norm, activation, _, last_activation = self._decoder.output_upscaling
+        x = torch.addmm(self._enlarged_bias, cells.mix[click].T, cells.told[click] @ self._enlarging)
+        x = x.addcmul_(cells.factor[click, :, None], self._enlarged).view(-1, len(norm.weight))
+        x = activation(F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps))
+        x = last_activation((x @ self._again).add_(self._again_bias)).view(-1, hyper.shape[1])
+        side = math.isqrt(len(self._enlarged))
+        logits = (hyper @ x.T).view(len(hyper), side, side, 2, 2, 2, 2)
+        pixels = logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(len(hyper), 4 * side, 4 * side)
+        return cast(Tensor, pixels)
 
 
-def _asked_of_cells(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The decoder's attention of tokens q (N, T, C) to cells k and v (N or 1, h · w, C)."""
-    n, tokens, channels = q.shape
-    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
-    of_k, of_v = (layer.weight.view(heads, width, channels) for layer in (attention.k_proj, attention.v_proj))
-    asks = torch.einsum("nthd,hdc->nhtc", attention.q_proj(q).view(n, tokens, heads, width), of_k)
-    # The keys' bias adds the same to all cells, which softmax does not see.
-    shares = (asks.reshape(n, heads * tokens, channels) @ k.transpose(1, 2)).mul_(width**-0.5).softmax(-1)
-    seen = torch.einsum("nhtc,hdc->nthd", (shares @ v).view(n, heads, tokens, channels), of_v)
-    return cast(Tensor, attention.out_proj(seen.flatten(2) + attention.v_proj.bias))
+class _CellAttention:
+    """Attention between tokens and cells, with the image's part of its products made once."""
+
+    def __init__(self, attention: Any, of_cells: nn.Linear, own: Tensor, place: Tensor) -> None:
+        """``own`` (h · w, C) is what the image gives the cells, ``place`` (h · w, C) what is added to them whole."""
+        self._attention, self._heads = attention, attention.num_heads
+        self._weight = of_cells.weight.view(self._heads, -1, own.shape[1])
+        self._own = self._weight @ own.T
+        self._place = F.linear(place, of_cells.weight, of_cells.bias).T.reshape_as(self._own)
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        """(N, T, heads · d) as (N, heads, T, d)."""
+        return tokens.view(*tokens.shape[:2], self._heads, -1).transpose(1, 2)
+
+    def _scores(self, tokens: Tensor, cells: _Cells) -> Tensor:
+        """How much tokens (N, T, heads · d) and cells mean each other, (N, heads, T, h · w)."""
+        tokens = self._by_head(tokens) * self._weight.shape[1] ** -0.5
+        of_told = torch.einsum("nhtd,hdc->nhtc", tokens, self._weight).flatten(1, 2) @ cells.told.transpose(1, 2)
+        own, place = (torch.einsum("nhtd,hdp->nhtp", tokens, table) for table in (self._own, self._place))
+        return (of_told @ cells.mix).view(own.shape).addcmul_(own, cells.factor[:, None, None]).add_(place)
 
 
-def _told_to_cells(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The decoder's attention of cells q (N or 1, h · w, C) to tokens k and v (N, T, C)."""
-    n, tokens, channels = k.shape
-    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
-    of_q, bias = attention.q_proj.weight.view(heads, width, channels), attention.q_proj.bias.view(heads, width)
-    offers = attention.k_proj(k).view(n, tokens, heads, width)
-    asks = torch.einsum("nthd,hdc->nhtc", offers, of_q).reshape(n, heads * tokens, channels)
-    biases = torch.einsum("nthd,hd->nht", offers, bias).reshape(n, heads * tokens, 1)
-    # Cell beside cell: a softmax over few numbers that lie side by side takes four times as long.
-    scores = (asks @ q.transpose(1, 2)).add_(biases).mul_(width**-0.5)
-    shares = scores.view(n, heads, tokens, -1).softmax(2).flatten(1, 2).transpose(1, 2)
-    of_out = attention.out_proj.weight.view(channels, heads, width)
-    gives = torch.einsum("nthd,chd->nhtc", attention.v_proj(v).view(n, tokens, heads, width), of_out)
-    return (shares @ gives.reshape(n, heads * tokens, channels)).add_(attention.out_proj.bias)
+class _AskingCells(_CellAttention):
+    """Attention of tokens to cells."""
+
+    def __init__(self, attention: Any, own: Tensor, place: Tensor, constant: Tensor) -> None:
+        # What is the same for all cells, softmax over them does not see.
+        super().__init__(attention, attention.k_proj, own, place)
+        of_values = attention.v_proj
+        self._of_values = of_values.weight.view_as(self._weight)
+        self._values = self._of_values @ own.T
+        self._bias = F.linear(constant, of_values.weight, of_values.bias)
+
+    def __call__(self, tokens: Tensor, cells: _Cells) -> Tensor:
+        shares = self._scores(self._attention.q_proj(tokens), cells).softmax(3)
+        told = (shares.flatten(1, 2) @ cells.mix.transpose(1, 2) @ cells.told).view(*shares.shape[:3], -1)
+        seen = torch.einsum("nhtc,hdc->nthd", told, self._of_values)
+        seen += torch.einsum("nhtp,hdp->nthd", shares.mul_(cells.factor[:, None, None]), self._values)
+        return cast(Tensor, self._attention.out_proj(seen.flatten(2) + self._bias))
+
+
+class _TellingCells(_CellAttention):
+    """Attention of cells to tokens, what it tells the cells added to them, and the sum normalised."""
+
+    own: Tensor
+    """What the image gives the cells from here on, (h · w, C)."""
+
+    voices: list[Tensor]
+    """What ``_Cells.said`` is multiplied with to be ``_Cells.told`` from here on, (heads, d, C) each."""
+
+    def __init__(
+        self, attention: Any, norm: nn.LayerNorm, own: Tensor, place: Tensor, constant: Tensor, voices: list[Tensor]
+    ) -> None:
+        super().__init__(attention, attention.q_proj, own, place + constant)
+        self._norm = norm
+        # A head's shares sum to one, so each can bring its part of what all cells are told alike.
+        alike = ((attention.out_proj.bias + constant) / self._heads).expand(self._heads, 1, -1)
+        self._voice = torch.cat([attention.out_proj.weight.T.reshape(self._heads, -1, own.shape[1]), alike], 1)
+        voices = [*voices, self._voice]
+        own = own - own.mean(1, keepdim=True)
+        self._own_variance = own.square().mean(1)
+        self._covariances = [2 / own.shape[1] * (voice @ own.T) for voice in voices]
+        self.own = own * norm.weight
+        self.voices = [(voice - voice.mean(2, keepdim=True)) * norm.weight for voice in voices]
+
+    def __call__(self, asking: Tensor, tokens: Tensor, cells: _Cells) -> _Cells:
+        # Cell beside cell: a softmax over few numbers that lie side by side takes four times as long.
+        shares = self._scores(self._attention.k_proj(asking), cells).softmax(2)
+        says = F.pad(self._by_head(self._attention.v_proj(tokens)), (0, 1), value=1.0)
+        said, mix = (*cells.said, says), torch.cat([cells.mix, shares.flatten(1, 2)], 1)
+        told = torch.cat([cells.told, torch.einsum("nhtd,hdc->nhtc", says, self._voice).flatten(1, 2)], 1)
+        told -= told.mean(2, keepdim=True)
+        # The variance over a cell's channels, from its parts' variances and covariances.
+        spread = (told @ told.transpose(1, 2) / told.shape[2]) @ mix
+        each = spread.view(len(told), len(said), *shares.shape[1:])
+        for i, (one, table) in enumerate(zip(said, self._covariances, strict=True)):
+            each[:, i].addcmul_(torch.einsum("nhtd,hdp->nhtp", one, table), cells.factor[:, None, None])
+        variance = spread.mul_(mix).sum(1).addcmul_(cells.factor.square(), self._own_variance)
+        by = variance.clamp_(min=0).add_(self._norm.eps).rsqrt_()
+        return _Cells(cells.factor * by, mix.mul_(by[:, None]), told.mul_(self._norm.weight), said)
 
 
 def fitting_dtype(device: torch.device) -> torch.dtype:

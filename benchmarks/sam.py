@@ -1,21 +1,29 @@
 """Segment Anything: our encoder and our "everything" beside those of the package, on the same weights, in one run.
 
     python benchmarks/sam.py [--only encode masks clicks everything] [--checkpoint sam_vit_b_01ec64.pth]
-                             [--network vit_b] [--points 16] [--repeats 3]
+                             [--network vit_b] [--points 16] [--repeats 3] [--everything-repeats 1]
 
 Without a checkpoint the weights are random (seeded); sizes and work are those of the real ones, and masks are compared
-pixel by pixel, so that shortcuts which change the answer would show. Prints one JSON line.
+pixel by pixel, so that shortcuts which change the answer would show. The two sides take turns in one process, with as
+many threads each; figures are medians of the repeats, by the clock and in processor seconds, which a busy machine
+disturbs less. Prints one JSON line.
 
-encode_times_faster      seconds of the package's image encoder by ours, medians of runs taken in turn
-encode_cpu_times_faster  the same in processor seconds, which a busy machine disturbs less
+The package's default is 32 clicks along a side. That takes four times as long as the 16 here, and is kinder to us: our
+encoder gains less than the rest, and weighs less there.
+
+encode_times_faster      seconds of the package's image encoder by ours
 mask_iou                 least IoU of masks drawn from the one and from the other features, over 16 clicks
 click_times_faster       encode and decode at each click, as backends around the package do, by a click on a known tile
 everything_times_faster  `SamAutomaticMaskGenerator` by `backend.everything`, same settings, encoding included, and on
                          our side the outlines too, as the command draws them
+masks_of_everything_…    the same without our outlines, which the package draws none of; of our last run
+everything_parts_cpu_s   of our last run: encoding and the first clicks, the other clicks, and the outlines, which
+                         random weights make long: their masks are thousands of specks
 everything_alike         share of the package's masks of which we have one at IoU 0.9; with a checkpoint only, since the
                          masks of random weights are all one box, of which chance decides what stays
                          (`tests/test_sam.py` holds the two procedures together on small networks)
-*_s                      seconds of each
+*_cpu_times_faster       the same in processor seconds
+*_s, *_cpu_s             seconds of each by the clock, and of processors
 
 The package's generator needs two functions of torchvision; where that is missing, stand-ins written here do their work.
 """
@@ -45,7 +53,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backend import sam
-from backend.everything import EverythingOptions, everything, grid
+from backend.everything import EverythingOptions, Proposal, everything, grid
 from backend.segmenter import Prompts
 from backend.vectorize import rasterize
 
@@ -60,6 +68,7 @@ def main() -> None:
     parser.add_argument("--network", default="vit_b", choices=("vit_b", "vit_l", "vit_h"))
     parser.add_argument("--points", type=int, default=16, help="clicks along a side, for everything; 0: leave it out")
     parser.add_argument("--repeats", type=int, default=3, help="of encoding")
+    parser.add_argument("--everything-repeats", type=int, default=1, help="of everything: a minute or more each")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -76,7 +85,7 @@ def main() -> None:
     if "clicks" in arguments.only:
         measured |= clicking(network, segmenter, image, package_s)
     if "everything" in arguments.only and arguments.points:
-        measured |= everything_on(network, segmenter, image, arguments.points)
+        measured |= everything_on(network, segmenter, image, arguments.points, arguments.everything_repeats)
         if arguments.checkpoint is None:
             measured["everything_alike"] = None
     measured["goals"] = GOALS
@@ -149,6 +158,8 @@ def encoding(network: Any, segmenter: sam.SamSegmenter, image: np.ndarray, repea
     return {
         "package_encode_s": round(package_s, 2),
         "ours_encode_s": round(ours_s, 2),
+        "package_encode_cpu_s": round(package_cpu, 2),
+        "ours_encode_cpu_s": round(ours_cpu, 2),
         "encode_times_faster": round(package_s / ours_s, 2),
         "encode_cpu_times_faster": round(package_cpu / ours_cpu, 2),
     }
@@ -182,7 +193,9 @@ def clicking(
     return {"click_s": round(click_s, 3), "click_times_faster": round((package_s + click_s) / click_s, 1)}
 
 
-def everything_on(network: Any, segmenter: sam.SamSegmenter, image: np.ndarray, points: int) -> dict[str, Any]:
+def everything_on(
+    network: Any, segmenter: sam.SamSegmenter, image: np.ndarray, points: int, repeats: int
+) -> dict[str, Any]:
     some = grid(3) * image.shape[1::-1]
     embedding = segmenter.embed(image)
     drawn = list(segmenter.propose(embedding, some, least_iou=-1e9))
@@ -201,21 +214,36 @@ def everything_on(network: Any, segmenter: sam.SamSegmenter, image: np.ndarray, 
         stability_score_thresh=options.least_stability,
         box_nms_thresh=options.most_box_iou,
     )
-    runs = in_turn(
-        1,
-        package=lambda: generator.generate(image),
-        ours=lambda: everything(segmenter, image, options=options),
-    )
+    marks: list[tuple[float, float]] = []
+
+    def mark(share: float) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+
+    def ours() -> list[Proposal]:
+        marks.clear()
+        mark(0)
+        found = everything(segmenter, image, options=options, progress=mark)
+        mark(1)
+        return found
+
+    runs = in_turn(repeats, package=lambda: generator.generate(image), ours=ours)
     theirs = [found["segmentation"] for found in runs["package"][2]]
     mine = [rasterize(one.polygons, *image.shape[:2]) for one in runs["ours"][2]]
     alike = [max(((m & t).sum() / max(1, (m | t).sum()) for m in mine), default=0.0) for t in theirs]
     (package_s, package_cpu, _), (ours_s, ours_cpu, _) = runs["package"], runs["ours"]
+    parts_s, parts_cpu = np.diff([*marks[:2], *marks[-2:]], axis=0).T
     return {
         "points": points**2,
+        "everything_repeats": repeats,
         "package_everything_s": round(package_s, 1),
         "ours_everything_s": round(ours_s, 1),
+        "package_everything_cpu_s": round(package_cpu, 1),
+        "ours_everything_cpu_s": round(ours_cpu, 1),
+        "everything_parts_cpu_s": parts_cpu.round(1).tolist(),
         "everything_times_faster": round(package_s / ours_s, 2),
         "everything_cpu_times_faster": round(package_cpu / ours_cpu, 2),
+        "masks_of_everything_times_faster": round(package_s / parts_s[:2].sum(), 2),
+        "masks_of_everything_cpu_times_faster": round(package_cpu / parts_cpu[:2].sum(), 2),
         "package_masks": len(theirs),
         "our_masks": len(mine),
         "everything_alike": round(float(np.mean(np.array(alike) >= 0.9)), 3) if alike else None,
