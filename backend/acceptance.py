@@ -31,6 +31,7 @@ from .annotations import Predicted
 from .client import LabelStudio, NotFound
 from .errors import BackendError, LabelStudioError
 from .evaluation import polis
+from .flight import give_way
 from .journal import Journal
 from .problems import Problems
 from .settings import Settings
@@ -367,6 +368,7 @@ class Acceptance:
             self._thread.start()
 
     def _work(self) -> None:
+        give_way()
         pause_s = SOON_S if self._is_changed else 0.0
         while not self._closing.wait(pause_s):
             with self._lock:

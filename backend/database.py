@@ -90,9 +90,7 @@ class Database:
         if is_hasty and time.monotonic() < self._paused_until:
             raise DatabaseError(self._failure)
         try:
-            with IMPORTING:
-                from sqlalchemy.exc import SQLAlchemyError
-
+            SQLAlchemyError = load_library()  # noqa: N806
             if tables not in self._made:
                 self._make(tables, wait_s)
             with self.engine.begin() as base:
@@ -182,6 +180,15 @@ class PlainConnection:
         if self._base.dialect.name != "sqlite":
             statement = statement.replace("?", "%s")
         return self._base.exec_driver_sql(statement, tuple(values))
+
+
+@functools.cache
+def load_library() -> type[Exception]:
+    """Import the database's library, once: MLflow's import holds the lock for seconds. Gives its root of errors."""
+    with IMPORTING:
+        import sqlalchemy.exc
+
+    return sqlalchemy.exc.SQLAlchemyError
 
 
 def execute(base: Connection, statement: str, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()) -> Any:

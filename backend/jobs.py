@@ -15,12 +15,14 @@ import dataclasses
 import faulthandler
 import logging
 import os
+import queue
 import resource
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -335,7 +337,7 @@ class Jobs:
 
         try:
             with self._limits(lambda message: end(message, state="failed")):
-                version, message = train(progress)
+                version, message = _aside(train, progress)
         except NotNow as error:
             log.warning("training of project %s is put off: %s", project, error)
             delay_s = min(_FIRST_DELAY_S * 2 ** min(ask.delays, 20), _MAX_DELAY_S)
@@ -447,7 +449,6 @@ class Jobs:
                 env={**os.environ, "GEOPRELABEL_DATA_DIR": str(self._settings.data_dir.absolute()),
                      "MODEL_DIR": str(self._settings.model_dir.absolute())},
             )  # fmt: skip
-        _give_way(child.pid)
         return child
 
     def _update_ask(self, project: str, change: Callable[[Ask], Ask], *, is_hasty: bool = False) -> Ask:
@@ -482,15 +483,47 @@ class Jobs:
             time.sleep(0.25)
 
 
-def _give_way(pid: int) -> None:
-    """Have a process run where nothing else wants to: annotators wait for the server, and nobody for training."""
+def _aside(train: Train, progress: Progress) -> tuple[str, str]:
+    """What ``train`` gives or raises, from a thread that runs only where nothing else wants to, once it got under way.
+
+    It is under way when it has told of any progress: what was missed is in the journal then. Whatever it tells, the
+    calling thread writes. Who is given no processor for seconds keeps what it holds for as long, the database and the
+    kernel's locks of folders and files included, and an annotator's save would wait for them.
+    """
+    told: queue.SimpleQueue[tuple[float, str, Future[None]] | None] = queue.SimpleQueue()
+    outcome: Future[tuple[str, str]] = Future()
+
+    def tell(done: float, message: str) -> None:
+        if done > 0:
+            _give_way()
+        written: Future[None] = Future()
+        told.put((done, message, written))
+        written.result()
+
+    def work() -> None:
+        try:
+            outcome.set_result(train(tell))
+        except BaseException as error:
+            outcome.set_exception(error)
+        finally:
+            told.put(None)
+
+    threading.Thread(target=work, name="training", daemon=True).start()
+    for done, message, written in iter(told.get, None):
+        progress(done, message)
+        written.set_result(None)
+    return outcome.result()
+
+
+def _give_way() -> None:
+    """Have the calling thread run where nothing else wants to: annotators wait for the server, nobody for training."""
     try:
         if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         else:
-            os.setpriority(os.PRIO_PROCESS, pid, 19)
-    except OSError as error:  # it ended already, or the system lets nobody do that
-        log.info("training process %d keeps its priority: %s", pid, error)
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
+    except OSError as error:  # the system lets nobody do that
+        log.debug("training keeps its priority: %s", error)
 
 
 def _left_s(when: float, *, most_s: float = _MAX_DELAY_S) -> float:

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .database import WAIT_S, Database, DatabaseError, execute
+from .database import WAIT_S, Database, DatabaseError, execute, load_library
 from .findings import digest_of, version_of
-from .flight import IMPORTING
 from .problems import Problems
 from .settings import Settings
 
@@ -252,8 +251,7 @@ class Journal:
 
     def warm_up(self) -> None:
         """Load the database's library now, which would hold up the first event."""
-        with IMPORTING:
-            import sqlalchemy  # noqa: F401
+        load_library()
 
     def close(self) -> None:
         """Let go of all connections; the next use makes new ones."""

@@ -20,6 +20,7 @@ from filelock import FileLock
 from .client import LabelStudio, NotFound
 from .errors import BackendError
 from .findings import Finding, Findings, digest_of, version_of
+from .flight import give_way
 from .problems import Problems
 from .recent import Recent
 from .settings import Settings
@@ -152,6 +153,7 @@ class Reviews:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        give_way()
         while True:
             with self._changed:
                 self._is_busy = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import hashlib
 import json
@@ -33,7 +34,7 @@ from .database import Database, DatabaseError
 from .errors import BackendError, BadRequest, BadTile, Busy, LabelStudioError
 from .everything import EverythingOptions, Proposer, everything, regions_of
 from .findings import Finding, Findings
-from .flight import Claim, Claims, FairPool, Replaced, Room, SingleFlight
+from .flight import Claim, Claims, FairPool, Replaced, Room, SingleFlight, give_way
 from .images import Image, ImageStore
 from .instances import expected_f1
 from .jobs import Jobs
@@ -140,6 +141,8 @@ class Service:
         self._answers: SingleFlight[tuple[list[Json], list[float], float]] = SingleFlight()
         # Two a project: one tile's image is fetched and its outlines traced while the model is at another's.
         self._pool = FairPool(3, name="tile")
+        # Apart from the threads that read requests: who asks for the control routes does not wait for these.
+        self._predicting = ThreadPoolExecutor(settings.threads, thread_name_prefix="predict", initializer=give_way)
         self._claims = Claims()
         self._boxes = LastBoxes(settings.data_dir / "boxes")
         # Some request threads stay free for the control routes, however much is asked to be predicted.
@@ -177,6 +180,7 @@ class Service:
         self._errands.shutdown(wait=True, cancel_futures=True)
         self.reviews.close()
         self._pool.close()
+        self._predicting.shutdown(wait=False, cancel_futures=True)
         self.images.close()
         if self._label_studio is not None:
             self._label_studio.close()
@@ -209,7 +213,8 @@ class Service:
             rooms = [self._batch_places, self._places] if len(request.tasks) > 1 else [self._places]
             if not all([stack.enter_context(room.place()) for room in rooms]):
                 return self._turned_away(request)
-            return self._predict(request)
+            work = functools.partial(contextvars.copy_context().run, self._predict, request)
+            return self._predicting.submit(work).result()
 
     def _turned_away(self, request: PredictRequest) -> tuple[list[Any], str]:
         """What Label Studio asks again later: an empty list for each task of a batch. Raises Busy for all else."""

@@ -16,7 +16,7 @@ import pytest
 
 from backend import jobs as desk
 from backend.errors import TrainingError
-from backend.jobs import Ask, Jobs, NotNow
+from backend.jobs import Ask, Jobs, NotNow, Run
 from backend.server import create_app
 from backend.service import Service
 from backend.settings import Settings
@@ -79,12 +79,34 @@ def test_what_is_asked_already_is_not_written_again(jobs: Jobs, settings: Settin
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system knows no SCHED_IDLE")
-def test_training_runs_where_nothing_else_wants_to():
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        desk._give_way(child.pid)
-        assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
-        child.communicate(b"\n")
-    desk._give_way(child.pid)  # it ended meanwhile: nothing to do
+def test_training_runs_where_nothing_else_wants_to_and_what_writes_does_not(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+):
+    policies: dict[str, int] = {}
+    written = jobs._show
+
+    def show(project: str, run: Run) -> None:
+        policies[f"writes {run.message}"] = os.sched_getscheduler(0)
+        written(project, run)
+
+    def train(progress):
+        # Here the journal is written, which saves write as well.
+        progress(0.0, "asking")
+        policies["asks"] = os.sched_getscheduler(0)
+        progress(0.1, "learning")
+        policies["learns"] = os.sched_getscheduler(0)
+        assert jobs.run("1.5").progress == 0.1
+        return "v1", "done"
+
+    monkeypatch.setattr(jobs, "_show", show)
+    own = os.sched_getscheduler(0)
+    # The next run asks Label Studio anew, and so does not begin as the last one ended.
+    for _ in range(2):
+        jobs.start("1.5")
+        jobs.work("1.5", train)
+        assert policies.pop("learns") == os.SCHED_IDLE
+        assert set(policies.values()) == {own}
+        assert {"asks", "writes asking", "writes learning", "writes done"} <= policies.keys()
 
 
 def test_only_one_works_at_a_time(jobs: Jobs):

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from backend import cli, labelstudio
 from backend.client import LabelStudio
 from backend.errors import BadRequest
+from backend.flight import GIVES_WAY_BY
 from backend.jobs import Jobs
 from backend.server import create_app
 from backend.service import Service
@@ -143,6 +144,28 @@ def test_no_save_waits_for_a_training_process_that_is_given_no_processor(tmp_pat
         assert answers == [False]
         assert jobs.ask(PROJECT).changes == 1
     until(lambda: jobs.ask(PROJECT).changes == 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of this system have no priorities of their own")
+def test_what_computes_gives_way_to_what_answers_at_once(serve):
+    class Watched(BrightSegmenter):
+        def embed(self, image_rgb: np.ndarray) -> Any:
+            seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return super().embed(image_rgb)
+
+    seen: list[int] = []
+    post, own = serve(Watched()), os.getpriority(os.PRIO_PROCESS, 0)
+    opened, clicked, batch = (
+        asked(image_task(1)),
+        asked(image_task(2), prompts=[click(30, 30)]),
+        asked(image_task(3), image_task(4)),
+    )
+    for body in (opened, clicked, batch):
+        results(post(body))
+    assert len(seen) == 4
+    assert all(nice == min(own + GIVES_WAY_BY, 19) for nice in seen)
+    # Whoever asked goes on as before: it may be asked for a control route next.
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_a_newer_click_takes_a_waiting_ones_place(serve):
