@@ -387,7 +387,18 @@ class LabelStudio:
         ``basic_auth`` is user and password that Label Studio sends with each of its calls.
         """
         body = {"project": project_id, "url": url, "title": title, "is_interactive": is_interactive}
-        answer = self._call("POST", "/api/ml", body={**body, **_auth_fields(basic_auth)}, timeout_s=_BACKEND_TIMEOUT_S)
+        try:
+            answer = self._call(
+                "POST", "/api/ml", body={**body, **_auth_fields(basic_auth)}, timeout_s=_BACKEND_TIMEOUT_S
+            )
+        except LabelStudioError as error:
+            if "health check failed" not in str(error):
+                raise
+            raise LabelStudioError(
+                f"Label Studio reaches no backend at {_shown(url)}; start it there (geoprelabel serve), or give its"
+                " address as Label Studio's machine sees it (--backend-url), and push again; --no-connect pushes tasks"
+                " alone"
+            ) from error
         return self._object(answer, "/api/ml")
 
     def refusals(self, backend_url: str) -> list[str]:
@@ -662,7 +673,9 @@ class LabelStudio:
             access = ""
         if not isinstance(access, str) or not access:
             if answer.status == 200 or answer.status not in (400, 401, 403):
-                raise LabelStudioError(f"{_shown(str(url))} answered {answer.status} without an access token")
+                raise LabelStudioError(
+                    f"{_shown(str(url))} answered {answer.status} without an access token; is LABEL_STUDIO_URL right?"
+                )
             raise self._error("POST", url, _Answer(401, answer.headers, answer.content))
         self._access = _checked_key(access)
         self._access_until_s = asked_s + max(_lifetime_s(access) - _RENEW_BEFORE_S, 5.0)

@@ -22,7 +22,7 @@ from shapely import Polygon
 from . import instances, vectorize
 from .coverage import coverage
 from .embeddings import EmbeddingKey, Embeddings
-from .errors import BackendError, UnknownVersion
+from .errors import BackendError, BadWeights, UnknownVersion
 from .flight import Claim, Gate, SingleFlight
 from .problems import Problems
 from .recent import Recent
@@ -457,7 +457,8 @@ class Predictor:
                 self.gate.places = max(1, min(segmenter.threads, MOST_AT_ONCE))
             self._base.set_result(segmenter)
         except Exception as error:
-            log.exception("the model cannot be loaded")
+            # What says itself what mends it needs no trace.
+            log.error("the model cannot be loaded: %s", error, exc_info=not isinstance(error, BackendError))
             self._base.set_exception(error)
 
     def _follow_promotions(self) -> None:
@@ -622,6 +623,20 @@ def warmed_up(segmenter: Segmenter) -> Segmenter:
 
 def load_segmenter(settings: Settings) -> Segmenter:
     """The segmenter that settings name. Raises BadWeights, which says how to get what is missing."""
+    try:
+        return _loaded_segmenter(settings)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        if settings.device == "cpu":
+            raise
+        # Each of torch's devices has another way to say that it is not there.
+        reason = str(error).strip().partition("\n")[0]
+        raise BadWeights(
+            f"the model cannot be put on DEVICE={settings.device}: {reason}; set DEVICE=cpu, or install a torch that"
+            " computes there"
+        ) from error
+
+
+def _loaded_segmenter(settings: Settings) -> Segmenter:
     if settings.segmenter == "compact":
         # torch takes a second to import: not before it is needed.
         from .compact import CompactSegmenter

@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     segmenter: str = Field("compact", validation_alias="GEOPRELABEL_SEGMENTER")
     """What draws the outlines: compact, which is shipped, or sam_vit_b, sam_vit_l, sam_vit_h after `weights get`."""
 
-    device: str = Field("cpu", validation_alias="DEVICE")
+    device: str = Field("cpu", pattern=r"^(cpu|mps|xpu|cuda)(:\d+)?$", validation_alias="DEVICE")
     """Where the model computes: cpu, cuda, cuda:1, …"""
 
     model_score_threshold: float = Field(0.3, validation_alias="MODEL_SCORE_THRESHOLD", ge=0, le=1)
@@ -240,11 +240,12 @@ class Settings(BaseSettings):
         try:
             return cls(**overrides)
         except ValidationError as error:
-            # The value itself is in none of these texts: it may be a secret.
-            first = error.errors(include_input=False)[0]
+            # The value itself may be a secret that was put into the wrong variable; a number is none.
+            first = error.errors()[0]
             where = f"{first['loc'][0]}: " if first["loc"] else ""
             # "from None", as a trace with the first error would print what was given.
-            raise BadSettings(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
+            got = f", got {first['input']!r:.40}" if first["type"].startswith(("greater_", "less_")) else ""
+            raise BadSettings(f"{where}{first['msg'].removeprefix('Value error, ')}{got}") from None
 
     @property
     def secrets(self) -> frozenset[str]:

@@ -120,6 +120,10 @@ def _expanded(name: str, asset: str, *, base: str = "", depth: int = 0) -> Itera
     elif ending in ("json", "geojson") and (content := _stac(name)) is not None:
         for item in content:
             yield str(item.get("id") or name), _asset_address(item, asset, name)
+    elif Path(name).is_dir() and ending not in ("safe", "zarr", "gdb", "sen3"):
+        raise BadScene(
+            f"{name} is a folder; name the rasters in it, such as {name.rstrip('/')}/*.tif, or a .txt list of them"
+        )
     else:
         yield name, gdal_address(name)
 
@@ -136,7 +140,10 @@ def _stac(name: str) -> list[Mapping[str, Any]] | None:
             item for item in items if isinstance(item, dict) and isinstance(item.get("assets"), dict)
         ]
         if len(found) != len(items) or not items:
-            raise BadScene(f"{shown(name)} is no collection of STAC items: its features need assets")
+            raise BadScene(
+                f"{shown(name)} is no collection of STAC items: its features need assets; a scene is a raster, and"
+                " polygons go with one: --aoi or --prelabels"
+            )
         return found
     if isinstance(content, dict) and isinstance(content.get("assets"), dict):
         if content.get("type") != "Feature":

@@ -271,6 +271,9 @@ class Tile:
         col, row = self.size[0] / 2, self.size[1] / 2
         points = self.px_to_crs(np.array([(col, row), (col + 1, row), (col, row + 1)]))
         lon, lat = _through(to_lonlat(self._crs(), None), points, "the tile's centre").T
+        # PROJ hands on what is called degrees and is metres.
+        if max(abs(lon)) > 540 or max(abs(lat)) > 90:
+            raise BadTile(f"the centre is at longitude {lon[0]:g}, latitude {lat[0]:g}, which is not on Earth")
         # From two sides: the area of a polygon of few centimetres is lost in the digits of the ellipsoid's.
         azimuths, _, sides_m = _GEOD.inv(lon[[0, 0]], lat[[0, 0]], lon[1:], lat[1:])
         return math.sqrt(sides_m[0] * sides_m[1] * abs(math.sin(math.radians(azimuths[1] - azimuths[0]))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,16 +82,71 @@ def test_a_scene_without_a_crs_is_refused_with_the_way_out(tmp_path: Path):
         (("train", "--project", "three"), {}, 1, "'three'"),
         (("models", "rollback", "--project", "3"), {}, 1, "'3'"),
         (("serve",), {"PORT": "many"}, 1, "PORT"),
+        (("serve",), {"PORT": "0"}, 1, "got '0'"),
+        (("serve",), {"DEVICE": "gpu"}, 1, "DEVICE: String should match"),
+        (("ingest", "."), {}, 1, ". is a folder; name the rasters in it"),
+        (("ingest", "none.tif", "--out", "file"), {}, 1, "file: File exists; a folder is wanted there"),
+        (("predict", "tasks.json", "--out", "."), {}, 1, "--out . is a folder; name a file"),
+        (("predict", "tasks.json", "--out", "p.json", "--config", "bad.xml"), {}, 1, "bad.xml"),
+        (("push", "tasks.json", "--project", " "), {}, 1, "--project must be a title, got ' '"),
+        (("push", "tasks.json", "--backend-url", "localhost:9090"), {}, 1, "got 'localhost:9090'"),
         (("serve",), {"GEOPRELABEL_SEGMENTER": "yolo"}, 1, "yolo"),
     ],
 )
 def test_wrong_use_and_failure_have_their_own_codes_and_a_sentence(
     tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], code: int, words: str
 ):
+    (tmp_path / "tasks.json").write_text("[]")
+    (tmp_path / "file").write_text("")
+    there = set(tmp_path.iterdir())
     done = run(*arguments, folder=tmp_path, **environment)
     assert done.returncode == code, done.stderr
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert not {path.name for path in set(tmp_path.iterdir()) - there} - {"data"}
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_metres_that_are_called_degrees_are_refused(tmp_path: Path):
+    write_scene(tmp_path / "town.tif", crs="EPSG:4326", transform=Affine(0.2, 0, 354000, 0, -0.2, 3057000))
+    refused = run("ingest", "town.tif", folder=tmp_path)
+    assert refused.returncode == 1
+    assert "longitude 354020" in refused.stderr
+    assert "--crs EPSG:" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_polygons_in_place_of_a_raster_are_refused_with_where_they_go(tmp_path: Path):
+    (tmp_path / "houses.geojson").write_text('{"type": "FeatureCollection", "features": [{"type": "Feature"}]}')
+    refused = run("ingest", "houses.geojson", folder=tmp_path)
+    assert refused.returncode == 1
+    assert "--prelabels" in refused.stderr
+
+
+def test_a_taken_port_is_said_once(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused = run("serve", folder=tmp_path, PORT=port)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"error: port {port} ")
+    assert "set PORT" in refused.stderr
+
+
+def test_a_device_that_is_not_there_is_said_in_a_sentence(tmp_path: Path):
+    (tmp_path / "tasks.json").write_text("[]")
+    refused = run("predict", "tasks.json", "--out", "p.json", folder=tmp_path, DEVICE="cuda:63")
+    assert refused.returncode == 1
+    assert "DEVICE=cuda:63" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_label_config_that_reads_other_data_is_refused_before_anything_is_made(tmp_path: Path):
+    (tmp_path / "tasks.json").write_text('[{"data": {"photo": "http://localhost/a.jpg"}}]')
+    refused = run("push", "tasks.json", folder=tmp_path, LABEL_STUDIO_URL="http://127.0.0.1:9")
+    assert refused.returncode == 1
+    assert "does not fit tasks.json: data.image" in refused.stderr
 
 
 def test_label_studio_being_down_is_said_with_its_address(tmp_path: Path):
@@ -109,3 +165,12 @@ def test_a_token_that_label_studio_refuses_is_said_and_not_shown(tmp_path: Path,
     assert done.returncode == 1
     assert "LABEL_STUDIO_API_KEY" in done.stderr
     assert token not in done.stderr
+
+
+def test_a_backend_that_is_not_there_is_looked_for_at_port_and_said_with_the_way_out(tmp_path: Path, label_studio: Any):
+    (tmp_path / "tasks.json").write_text("[]")
+    port = str(free_port())
+    there = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": label_studio.token, "PORT": port}
+    done = run("push", "tasks.json", "--project", "no backend yet", folder=tmp_path, **there)
+    assert done.returncode == 1
+    assert f"no backend at http://localhost:{port}; start it there" in done.stderr

@@ -78,6 +78,16 @@ def test_a_challenger_is_listed_and_not_live(registry: Registry, tmp_path: Path)
     assert [(v.name, v.is_champion) for v in registry.versions("2.5")] == [("b-2", False), ("b-1", True)]
 
 
+def test_the_list_shows_whole_names_in_80_columns(registry: Registry, settings: Settings, tmp_path: Path):
+    name = "compact-1a2b3c4d-5e6f7a8b"
+    publish(registry, "21.1700000000", name, tmp_path)
+    listed = CliRunner(env={"GEOPRELABEL_DATA_DIR": str(settings.data_dir), "COLUMNS": "80"}).invoke(
+        cli.app, ["models", "list", "--project", "21"]
+    )
+    assert name in listed.output
+    assert len(listed.output.splitlines()) == 2
+
+
 def test_the_way_back_leads_to_the_parent_and_then_to_the_shipped_model(registry: Registry, tmp_path: Path):
     publish(registry, "3.5", "c-1", tmp_path)
     publish(registry, "3.5", "c-2", tmp_path, parent="c-1")
