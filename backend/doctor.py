@@ -533,15 +533,16 @@ def _place(tile: Any) -> Iterator[Check]:
         )  # fmt: skip
         return
     lineage = earth.checked_lineage(tile, earth.area_of(tile, (0.0, 0.0, float(tile.size[0]), float(tile.size[1]))))
+    crs = lineage.crs if len(lineage.crs) <= 40 else "the scene's own CRS"
     accuracy = f", to {lineage.accuracy_m:.2g} m" if lineage.accuracy_m is not None else ""
     if lineage.missing_grids:
         yield Check(
             "place on Earth", "warn",
-            f"PROJ lacks the grid {lineage.missing_grids[0]}: {lineage.crs[:40]} is placed less exactly{accuracy}",
+            f"PROJ lacks the grid {lineage.missing_grids[0]}: {crs} is placed less exactly{accuracy}",
             "projsync --file " + lineage.missing_grids[0] + ", or PROJ_NETWORK=ON",
         )  # fmt: skip
         return
-    yield Check("place on Earth", "ok", f"PROJ knows the way from {lineage.crs[:40]} to EPSG:4326{accuracy}")
+    yield Check("place on Earth", "ok", f"PROJ knows the way from {crs} to EPSG:4326{accuracy}")
 
 
 def _is_loopback(host: str) -> bool:

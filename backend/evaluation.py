@@ -18,6 +18,7 @@ from shapely import MultiPolygon, Polygon, STRtree
 from shapely.geometry.base import BaseGeometry
 
 from . import vectorize
+from .errors import ExportError
 from .formats import read_frame
 
 MATCH_IOU = 0.5
@@ -202,11 +203,14 @@ def _polygons_of(path: Path, label: str | None) -> list[Labelled]:
         frame = frame.to_crs("EPSG:4326")
     named = "label" in frame.columns
     rows = zip(frame["label"] if named else [None] * len(frame), frame.geometry, strict=True)
-    return [
+    found = [
         (None if name is None else str(name), shape)
         for name, shape in rows
-        if isinstance(shape, (Polygon, MultiPolygon)) and not shape.is_empty and (label is None or str(name) == label)
+        if isinstance(shape, (Polygon, MultiPolygon)) and not shape.is_empty
     ]
+    if len(frame) and not found:
+        raise ExportError(f"{path} has {len(frame)} features and no polygon among them; polygons are compared")
+    return [(name, shape) for name, shape in found if label is None or name == label]
 
 
 def _utm(shapes: Sequence[BaseGeometry]) -> pyproj.Transformer:

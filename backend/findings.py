@@ -67,9 +67,13 @@ class Finding:
     region: str = ""
     """Label Studio's id of the region."""
 
+    name: str = ""
+    """The feature's ``id`` in the file."""
+
     def __str__(self) -> str:
         named = (("feature", self.feature), ("task", self.task), ("annotation", self.annotation))
         where = ", ".join([f"{name} {value}" for name, value in named if value is not None])
+        where += f" ({self.name})" if self.name else ""
         where += f", region {self.region}" if self.region else ""
         return f"{where.removeprefix(', ')}: {self.message}" if where else self.message
 

@@ -249,7 +249,9 @@ class _Cutting:
         self.outlines: Outlines | None = None
         self.left_out: Counter[str] = Counter()
         if aoi:
-            self.area, _ = outlines_on(aoi, self._placed("--aoi"))
+            self.area, left_out = outlines_on(aoi, self._placed("--aoi"))
+            if left_out and not len(self.area.polygons_px):
+                raise BadScene(f"{aoi.name} has lines or points alone on {self.name}; --aoi wants polygons")
         if labelled:
             self.outlines, left_out = outlines_on(labelled.path, self._placed("--prelabels"), labelled)
             self.left_out.update(left_out)

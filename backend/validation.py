@@ -371,6 +371,7 @@ class _Features:
         self._labels: list[str] = []
         self._numbers: list[int] = []
         self._ids: set[str] = set()
+        self._names: list[str] = []
         self._count = 0
         self._without_label: list[int] = []
         self.found: list[Finding] = []
@@ -434,6 +435,7 @@ class _Features:
         if identity is not None and str(identity) in self._ids:
             find(SCHEMA, f"has the id {str(identity)[:60]!r}, which another feature has")
         self._ids.add(str(identity))
+        self._names.append("" if identity is None else str(identity)[:60])
         score = properties.get("score")
         if isinstance(score, (int, float)) and not isinstance(score, bool) and (score < 0 or score > 1):
             find(SCHEMA, f"has the score {score:g}, which is not from 0 to 1")
@@ -478,8 +480,11 @@ class _Features:
                 message = f"covers {areas[k]:.2g} m², less than {self._limits.min_area_m2:g}"
                 self.found.append(Finding(TOO_SMALL, message, self._numbers[start + k]))
         for first, fault, reason, message in _pairs(shapes, self._labels, self._limits):
-            self.found.append(Finding(reason, f"{message} feature {self._numbers[first]}", self._numbers[fault]))
-        return sorted(self.found, key=lambda finding: -1 if finding.feature is None else finding.feature)
+            other = self._numbers[first]
+            named = f" ({self._names[other]})" if self._names[other] else ""
+            self.found.append(Finding(reason, f"{message} feature {other}{named}", self._numbers[fault]))
+        self.found.sort(key=lambda finding: -1 if finding.feature is None else finding.feature)
+        return [f if f.feature is None else replace(f, name=self._names[f.feature]) for f in self.found]
 
 
 def _stac_faults(item: Mapping[str, Any]) -> list[str]:

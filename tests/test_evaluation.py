@@ -11,8 +11,10 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapely import MultiPolygon, Polygon, affinity
+from shapely import Polygon, affinity
+from shapely.geometry.base import BaseGeometry
 
+from backend.errors import ExportError
 from backend.evaluation import OBJECT_FATES, PREDICTION_FATES, Overlaps, evaluate, polis
 
 METRE = 1 / 111_320
@@ -23,7 +25,7 @@ def square(x_m: float, y_m: float, side_m: float = 10) -> Polygon:
     return shapely.box(x_m * METRE, y_m * METRE, (x_m + side_m) * METRE, (y_m + side_m) * METRE)
 
 
-def written(path: Path, shapes: Sequence[Polygon | MultiPolygon], labels: Sequence[str] | None = None) -> Path:
+def written(path: Path, shapes: Sequence[BaseGeometry], labels: Sequence[str] | None = None) -> Path:
     names = labels or [None] * len(shapes)
     features = [
         {"type": "Feature", "properties": {"label": name} if name else {}, "geometry": shapely.geometry.mapping(shape)}
@@ -126,6 +128,14 @@ def test_empty_files_are_judged_too(tmp_path: Path, guessed: int, true: int, f1:
     assert figures.area_iou == f1
     assert figures.objects["missed"] == true
     assert figures.predictions["false alarm"] == guessed
+
+
+def test_a_file_of_lines_is_refused(tmp_path: Path) -> None:
+    sound, lines = tmp_path / "sound.geojson", tmp_path / "lines.geojson"
+    written(sound, [square(0, 0)])
+    written(lines, [square(0, 0).boundary])
+    with pytest.raises(ExportError, match=r"lines\.geojson has 1 features and no polygon"):
+        evaluate(lines, sound)
 
 
 def test_polis_counts_each_vertex_once() -> None:

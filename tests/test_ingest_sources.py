@@ -704,6 +704,9 @@ def test_only_tiles_that_touch_the_area_are_cut(tmp_path: Path, name: str, crs: 
     nowhere = saved(tmp_path / "far.gpkg", [at(5000, 5000, 5100, 5100)])
     with pytest.raises(BadScene, match=r"touches the polygons of far\.gpkg"):
         run(scene, tmp_path, aoi=nowhere)
+    roads = saved(tmp_path / "roads.gpkg", [at(70, 10, 80, 20).boundary])
+    with pytest.raises(BadScene, match=r"roads\.gpkg has lines or points alone"):
+        run(scene, tmp_path, aoi=roads)
 
 
 COURT = at(20, 20, 60, 50).difference(at(30, 30, 40, 40))

@@ -265,7 +265,10 @@ def test_features_are_checked_against_each_other(tmp_path: Path):
         feature(lot(89), label=""),
         feature(lot(90), label="Moon base"),
     )
-    found = {finding.feature: finding.reason for finding in validate(path, label_config=CONFIG)}
+    listed = validate(path, label_config=CONFIG)
+    assert str(listed[0]).startswith("feature 1 (b): ")
+    assert str(listed[0]).endswith("feature 0 (a)")
+    found = {finding.feature: finding.reason for finding in listed}
     assert found == {1: "overlap", 2: "schema", 3: "schema", 4: "too small", 5: "duplicate", 6: "label", 7: "label"}
     assert reasons(path, limits=Limits(max_overlap=0.7, min_area_m2=0)) == {
         2: "schema", 3: "schema", 5: "duplicate", 6: "label",
