@@ -320,7 +320,7 @@ class Loop:
         run, ask = jobs.run(PROJECT), jobs.ask(PROJECT)
         assert run.state in ("done", "waiting"), run
         assert (run.state == "done" and ask == Ask()) or ask.is_owed or ask.at_once, (run, ask)
-        assert self.live_version() or not live
+        assert self.live_version() or not live, f"{live} is no longer live: {run}, {ask}"
         # What a server does that is started anew, and the run that it begins.
         jobs._start = lambda project: True  # type: ignore[method-assign]
         if self.random.random() < 0.3:
@@ -328,7 +328,8 @@ class Loop:
             jobs._update_ask(PROJECT, lambda ask: ask)
             if jobs._due_in(jobs.ask(PROJECT)) is not None:
                 self.run(arguments)
-            assert (jobs.run(PROJECT).state, jobs.ask(PROJECT)) == ("done", Ask())
+            after = jobs.run(PROJECT), jobs.ask(PROJECT)
+            assert (after[0].state, after[1]) == ("done", Ask()), (run, ask, *after)
 
     def _is_trainer(self, process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.Error):
