@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+Polygons = NDArray[np.object_]
 Size = tuple[int, int]
 
 GRID_PX = 2.0**-10
@@ -289,16 +290,23 @@ def _linear_rings(rings: Rings, *, is_numbered: bool = False) -> NDArray[np.obje
     return np.asarray(shapely.linearrings(points, indices=rings.ring_of))
 
 
-def _polygon(rings: Rings, *, is_numbered: bool = False) -> Polygon:
-    """The polygon of a shell and its holes, (N, 2) each; where numbered, each point's z is its index."""
-    shell, *holes = _linear_rings(rings, is_numbered=is_numbered)
-    return Polygon(shell, holes)
+def _polygons(rings: Rings, polygon_of: NDArray[np.int64], *, is_numbered: bool = False) -> Polygons:
+    """Those of numbers 0, 1, …, each of its shell and then its holes; where numbered, each point's z is its index."""
+    return np.asarray(shapely.polygons(_linear_rings(rings, is_numbered=is_numbered), indices=polygon_of))
 
 
-def _rings(polygon: Polygon) -> Rings:
-    """Shell and holes, as they run."""
-    rings = _open_rings(polygon)
-    return Rings(np.concatenate(rings), np.cumsum([0, *map(len, rings[:-1])]))
+def _rings_of(polygons: Polygons) -> tuple[Rings, NDArray[np.int64]]:
+    """Shells and holes, as they run, and at which ring each polygon begins."""
+    rings, polygon_of = shapely.get_rings(polygons, return_index=True)
+    points, ring_of = shapely.get_coordinates(rings, return_index=True)
+    is_last = np.append(ring_of[1:] != ring_of[:-1], True)
+    starts = np.append(0, np.cumsum(shapely.get_num_coordinates(rings) - 1)[:-1])
+    return Rings(points[~is_last], starts), np.searchsorted(polygon_of, np.arange(len(polygons)))
+
+
+def _polygon_of(first: NDArray[np.int64], rings: Rings) -> NDArray[np.int64]:
+    """Number of each ring's polygon, given the ring at which each begins."""
+    return np.repeat(np.arange(len(first)), np.diff(np.append(first, len(rings.starts))))
 
 
 def _largest_first(found: Iterable[Polygon]) -> list[Polygon]:
@@ -317,66 +325,98 @@ def _simplified_faces(
     ``first`` is where each polygon's rings begin. One that cannot be drawn whole within the budget comes in parts.
     """
     areas_px = exact.areas()
-    drawn = np.full(len(first), None, object)
+    drawn: Polygons = np.full(len(first), None, object)
     if options.tolerance_px > 0:
         begun = _begun_far_out(outline)
         picks = _thinned(begun, options.tolerance_px)
-        drawn = _area_kept(areas_px, begun, picks, first, options.tolerance_px, size, options.max_vertices)
-    found: list[Polygon] = []
-    which: list[int] = []
-    for number, (begin, end) in enumerate(itertools.pairwise([*first.tolist(), len(exact.starts)])):
-        parts = [drawn[number]]
-        if drawn[number] is None:
-            own = np.arange(begin, end)
-            around = _polygon(outline.chosen(own))
-            whole = around if exact is outline else _polygon(_without_straights(_tidied(exact.chosen(own))))
-            parts = _simplified(whole, size, options, outline=around)
-        found += parts
-        which += [number] * len(parts)
-    return found, np.array(which, np.int64)
+        tolerances_px = np.full(len(first), options.tolerance_px, np.float64)
+        drawn = _area_kept(areas_px, begun, picks, first, tolerances_px, size, options.max_vertices)
+    left = np.flatnonzero(~shapely.is_geometry(drawn))
+    whole = np.flatnonzero(shapely.is_geometry(drawn))
+    if not len(left):
+        return drawn.tolist(), whole
+    polygon_of = _polygon_of(first, outline)
+    own = np.flatnonzero(np.isin(polygon_of, left))
+    of = np.searchsorted(left, polygon_of[own])
+    outlines = precise = _polygons(outline.chosen(own), of)
+    if exact is not outline:
+        precise = _polygons(_without_straights(_tidied(exact.chosen(own))), of)
+    parts, part_of = _in_parts(precise, outlines, size, options)
+    return [*drawn[whole], *parts], np.concatenate((whole, left[part_of]))
 
 
-def _simplified(
-    exact: Polygon, size: Size, options: VectorizeOptions, *, outline: Polygon | None = None
-) -> list[Polygon]:
-    """The polygon within tolerance and vertex budget, its area kept; in parts where it fits in no other way.
+def _in_parts(
+    exact: Polygons, outlines: Polygons, size: Size, options: VectorizeOptions
+) -> tuple[Polygons, NDArray[np.int64]]:
+    """Polygons within the vertex budget, in parts where they fit in no other way; and which each part is of.
 
-    With ``outline``, that is simplified instead, to the exact polygon's area.
+    Simplified are the outlines, to the exact polygons' areas. All are worked on at once, and then all halves at once:
+    what one takes by itself is mostly the calls.
     """
-    if options.tolerance_px == 0 and ring_points(exact) <= options.max_vertices:
-        return [exact]
-    full = _rings(exact if outline is None else outline)
-    areas_px = _rings(exact).areas()
-    numbered = _polygon(full, is_numbered=True)
-    tolerance_px = options.tolerance_px or 0.25
-    coarsest_px = _COARSEST * max(tolerance_px, 0.75)
-    simple = _coarser(numbered, tolerance_px)
-    while ring_points(simple) > options.max_vertices and tolerance_px < coarsest_px:
-        tolerance_px *= 1.5
-        # From the last one, not from the outline: a forest of 10,000 points takes seconds otherwise.
-        simple = _coarser(simple, tolerance_px)
-    is_raised = tolerance_px > options.tolerance_px
+    found: list[Polygons] = []
+    which: list[NDArray[np.int64]] = []
+    numbers = np.arange(len(exact))
+    while len(numbers):
+        drawn = _redrawn(exact, outlines, size, options)
+        drawn = np.where(shapely.is_geometry(drawn) | (_ring_points(exact) > options.max_vertices), drawn, exact)
+        is_drawn = shapely.is_geometry(drawn)
+        found.append(drawn[is_drawn])
+        which.append(numbers[is_drawn])
+        halves = [_halves(polygon) for polygon in exact[~is_drawn]]
+        numbers = np.repeat(numbers[~is_drawn], [len(parts) for parts in halves])
+        exact = outlines = np.array([part for parts in halves for part in parts], object)
+    return np.concatenate(found), np.concatenate(which)
+
+
+def _redrawn(exact: Polygons, outlines: Polygons, size: Size, options: VectorizeOptions) -> Polygons:
+    """The outlines as fine as the vertex budget lets them be, with the exact polygons' areas; None where that fails."""
+    drawn = np.full(len(exact), None, object)
+    # However coarse, a ring keeps three corners, and a hole's bridge takes two points more.
+    can_fit = 3 + 5 * shapely.get_num_interior_rings(exact) <= options.max_vertices
+    if options.tolerance_px == 0:
+        can_fit &= _ring_points(exact) > options.max_vertices
+    left = np.flatnonzero(can_fit)
+    tolerances_px = np.full(len(left), options.tolerance_px or 0.25, np.float64)
+    is_raised = np.zeros(len(left), bool)
     # Where moving the corners makes rings meet, a finer outline has more room to give.
-    for _ in range(3):
-        if ring_points(simple) > options.max_vertices:
+    for turn in range(3):
+        if not len(left):
             break
-        picks = np.unique(shapely.get_coordinates(simple, include_z=True)[:, 2].astype(np.int64))
-        rings, picks = _begun_at_picks(full, picks)
-        (drawn,) = _area_kept(areas_px, rings, picks, np.zeros(1, np.int64), tolerance_px, size, options.max_vertices)
-        if drawn is not None and (not is_raised or _iou(drawn, exact) >= _LEAST_IOU):
-            return [drawn]
-        tolerance_px /= 2
-        simple = _coarser(numbered, tolerance_px)
-    if ring_points(exact) <= options.max_vertices:
-        return [exact]
-    return [part for half in _halves(exact) for part in _simplified(half, size, options)]
+        full, first = _rings_of(outlines[left])
+        simple = shapely.simplify(_polygons(full, _polygon_of(first, full), is_numbered=True), tolerances_px)
+        if turn == 0:
+            simple, tolerances_px = _coarser(simple, tolerances_px, options)
+            is_raised = tolerances_px > options.tolerance_px
+        fits = _ring_points(simple) <= options.max_vertices
+        if not fits.any():
+            break
+        left, tolerances_px, is_raised = left[fits], tolerances_px[fits], is_raised[fits]
+        is_pick = np.zeros(len(full.points_xy), bool)
+        is_pick[shapely.get_coordinates(simple[fits], include_z=True)[:, 2].astype(np.int64)] = True
+        is_of_fit = fits[_polygon_of(first, full)]
+        picks = np.flatnonzero(is_pick[is_of_fit[full.ring_of]])
+        rings, picks = _begun_at_picks(full.chosen(np.flatnonzero(is_of_fit)), picks)
+        precise, first = _rings_of(exact[left])
+        found = _area_kept(precise.areas(), rings, picks, first, tolerances_px, size, options.max_vertices)
+        is_good = shapely.is_geometry(found)
+        raised = np.flatnonzero(is_good & is_raised)
+        is_good[raised] = _ious(found[raised], exact[left[raised]]) >= _LEAST_IOU
+        drawn[left[is_good]] = found[is_good]
+        left, tolerances_px, is_raised = left[~is_good], tolerances_px[~is_good] / 2, is_raised[~is_good]
+    return drawn
 
 
-def _coarser(polygon: Polygon, tolerance_px: float) -> Polygon:
-    simple = polygon.simplify(tolerance_px)
-    # Topology is kept, so that a polygon stays one.
-    assert isinstance(simple, Polygon)
-    return simple
+def _coarser(simple: Polygons, tolerances_px: FloatArray, options: VectorizeOptions) -> tuple[Polygons, FloatArray]:
+    """Simplified until they fit the vertex budget or no reasonable tolerance is left; and the tolerances."""
+    simple, tolerances_px = simple.copy(), tolerances_px.copy()
+    coarsest_px = _COARSEST * max(options.tolerance_px or 0.25, 0.75)
+    while True:
+        long = np.flatnonzero((_ring_points(simple) > options.max_vertices) & (tolerances_px < coarsest_px))
+        if not len(long):
+            return simple, tolerances_px
+        tolerances_px[long] *= 1.5
+        # From the last one, not from the outline: a forest of 10,000 points takes seconds otherwise.
+        simple[long] = shapely.simplify(simple[long], tolerances_px[long])
 
 
 def ring_points(polygon: Polygon) -> int:
@@ -424,10 +464,10 @@ def _area_kept(
     outline: Rings,
     picks: NDArray[np.int64],
     first: NDArray[np.int64],
-    tolerance_px: float,
+    tolerances_px: FloatArray,
     size: Size,
     max_vertices: int,
-) -> NDArray[np.object_]:
+) -> Polygons:
     """The polygons of the picked points, each ring with the area given; None for those whose rings cross or touch.
 
     Edges lie along the points that they replace where that works, else between two of them. Each ring of the outline
@@ -435,13 +475,14 @@ def _area_kept(
     """
     drawn = np.full(len(first), None, object)
     kept = Rings(outline.points_xy[picks], np.searchsorted(picks, outline.starts))
-    polygon_of = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(kept.starts))))
+    polygon_of = _polygon_of(first, kept)
+    ring_tolerances_px = tolerances_px[polygon_of]
     wanted_px = np.add.reduceat(areas_px, first)
     free = (kept.points_xy != 0) & (kept.points_xy != size)
     is_open = np.ones(len(first), bool)
-    for corners in (_edges_fitted(outline, kept, picks, tolerance_px), kept.points_xy):
+    for corners in (_edges_fitted(outline, kept, picks, ring_tolerances_px), kept.points_xy):
         moved = Rings(np.where(free, np.clip(corners, 0, size), kept.points_xy), kept.starts)
-        swollen = np.clip(_swollen(moved, free, areas_px, limit_px=tolerance_px + 1), 0, size)
+        swollen = np.clip(_swollen(moved, free, areas_px, limits_px=ring_tolerances_px + 1), 0, size)
         ringed = _tidied(Rings(np.round(swollen / GRID_PX) * GRID_PX, kept.starts))
         waiting = is_open & (np.minimum.reduceat(ringed.counts, first) >= 3)
         if waiting.any():
@@ -458,7 +499,7 @@ def _area_kept(
     return drawn
 
 
-def _edges_fitted(outline: Rings, kept: Rings, picks: NDArray[np.int64], tolerance_px: float) -> FloatArray:
+def _edges_fitted(outline: Rings, kept: Rings, picks: NDArray[np.int64], tolerances_px: FloatArray) -> FloatArray:
     """Corners (M, 2) where lines meet that were fitted to the points of the outline between the picked ones."""
     counts = np.diff(np.append(picks, len(outline.points_xy)))
     origins = outline.points_xy[outline.starts]
@@ -469,7 +510,8 @@ def _edges_fitted(outline: Rings, kept: Rings, picks: NDArray[np.int64], toleran
     # Marching squares rounds corners: a pixel next to each corner says little of the edge.
     along = np.cumsum(lengths) - lengths / 2
     along -= np.repeat(np.cumsum(totals) - totals, counts)
-    near_corner = np.minimum(along, np.repeat(totals, counts) - along) < 1
+    # Less than a whole pixel by more than rounding, which depends on the other outlines of the tile.
+    near_corner = np.minimum(along, np.repeat(totals, counts) - along) < 1 - GRID_PX
     weights = np.where(near_corner & np.repeat(totals > 5, counts), 0.0, lengths)
     sums = np.add.reduceat(weights, picks)
     weights = np.where(np.repeat(sums > 0, counts), weights, lengths)
@@ -498,13 +540,13 @@ def _edges_fitted(outline: Rings, kept: Rings, picks: NDArray[np.int64], toleran
     reach = _cross(centre - centre_before, direction) / np.where(is_corner, turn, 1.0)
     meeting = centre_before + reach[:, None] * direction_before
     beside = (_projected(corners, centre_before, direction_before) + _projected(corners, centre, direction)) / 2
-    limit = max(1.0, 1.5 * tolerance_px)
+    limit = np.maximum(1.0, 1.5 * tolerances_px)[kept.ring_of]
     fitted = np.where((np.hypot(*(beside - corners).T) <= limit)[:, None], beside, corners)
     is_near = is_corner & (np.hypot(*(meeting - corners).T) <= limit)
     return np.where(is_near[:, None], meeting, fitted)
 
 
-def _swollen(rings: Rings, free: BoolArray, areas_px: FloatArray, *, limit_px: float) -> FloatArray:
+def _swollen(rings: Rings, free: BoolArray, areas_px: FloatArray, *, limits_px: FloatArray) -> FloatArray:
     """The points with each ring's moved out or in alike until it has its signed area. Only free ones move."""
     points = rings.points_xy
     across = rings.after(points) - rings.before(points)
@@ -521,7 +563,7 @@ def _swollen(rings: Rings, free: BoolArray, areas_px: FloatArray, *, limit_px: f
         moved = np.where(
             is_steep, moved - (constant + linear * moved + square * moved * moved) / np.where(is_steep, slope, 1.0), 0.0
         )
-    moved = np.where(np.abs(moved) <= limit_px, moved, 0.0)
+    moved = np.where(np.abs(moved) <= limits_px, moved, 0.0)
     swollen: FloatArray = points + moved[rings.ring_of][:, None] * normal
     return swollen
 
@@ -557,9 +599,9 @@ def cut_up(polygon: Polygon, max_vertices: int) -> list[Polygon]:
     return [part for half in _halves(polygon) for part in cut_up(half, max_vertices)]
 
 
-def _iou(a: BaseGeometry, b: BaseGeometry) -> float:
-    shared = a.intersection(b).area
-    return float(shared / (a.area + b.area - shared))
+def _ious(a: Polygons, b: Polygons) -> FloatArray:
+    shared = shapely.area(shapely.intersection(a, b))
+    return np.asarray(shared / (shapely.area(a) + shapely.area(b) - shared))
 
 
 def _open_rings(polygon: Polygon) -> list[FloatArray]:

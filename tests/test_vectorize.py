@@ -325,6 +325,17 @@ def test_what_fits_no_budget_is_cut_in_parts_and_none_of_it_is_lost(name: str) -
     assert shapely.union_all(found).area == pytest.approx(mask.sum(), rel=0.03)
 
 
+@pytest.mark.parametrize("max_vertices", [20, 200])
+def test_what_else_is_in_the_image_does_not_change_an_outline(max_vertices: int) -> None:
+    mask = smooth_noise(0, 384, 4.0, 0.5)
+    options = VectorizeOptions(max_vertices=max_vertices)
+    numbers, count = ndimage.label(mask)
+    alone = [polygon for n in range(1, count + 1) for polygon in mask_polygons(numbers == n, options=options)]
+    together = mask_polygons(mask, options=options)
+    assert count > 20
+    assert {polygon.normalize().wkb for polygon in together} == {polygon.normalize().wkb for polygon in alone}
+
+
 def test_limits_on_the_ground_become_pixels() -> None:
     options = VectorizeOptions.for_gsd(0.5, min_area_m2=4, min_hole_m2=2, tolerance_m=0.25)
     assert (options.min_area_px, options.min_hole_px, options.tolerance_px) == (16, 8, 0.5)
