@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -27,6 +27,7 @@ from .predictor import Trainable, damage, live_model, load_segmenter
 from .problems import Problems
 from .push import DEFAULT_CONFIG
 from .registry import HEADS_FILE, ModelVersion, Registry
+from .sampling import Sample
 from .service import client_of, parsed_config, project_key_of, read_tasks
 from .settings import Settings
 from .tile import Tile
@@ -43,8 +44,7 @@ BLOCK_TILES = 2
 """Tiles along one side of the blocks that are held out together, so that neighbours are not on both sides."""
 
 MAX_TILES = 500
-"""The newest so many annotated tiles are learned from: what fits into memory and ten minutes of a small machine."""
-
+"""So many annotated tiles are learned from at most: what fits into memory and ten minutes of a small machine."""
 
 SEED = 0
 """What chance is drawn from: the same annotations make the same version, judged the same."""
@@ -278,14 +278,15 @@ class Gathered:
         """
         from .training import Example
 
-        # Label Studio gives tasks by id, so the last ones are the newest.
-        newest: deque[tuple[Mapping[str, Any], Mapping[str, Any]]] = deque(maxlen=MAX_TILES)
+        sample: Sample[tuple[Mapping[str, Any], Mapping[str, Any]]] = Sample(MAX_TILES, labels.keys())
         for task in tasks:
             for annotation in labelstudio.chosen_annotations(task):
-                if len(newest) == MAX_TILES:
-                    self.left_out[f"tiles older than the newest {MAX_TILES}"] += 1
-                newest.append((task, annotation))
-        for number, (task, annotation) in enumerate(newest):
+                has = labelstudio.labels_of(annotation)
+                sample.add((task, annotation), key=str(task.get("id")), age=labelstudio.age(annotation), labels=has)
+        chosen = sample.items()
+        if sample.added > len(chosen):
+            self.left_out[f"tiles beyond the {MAX_TILES} that one training takes"] = sample.added - len(chosen)
+        for number, (task, annotation) in enumerate(chosen):
             try:
                 tag = config.tags[0]
                 url = labelstudio.image_of(task, tag)
@@ -301,7 +302,7 @@ class Gathered:
                 continue
             self.left_out.update(read.dropped)
             self.annotation_ids.append(int(annotation.get("id") or 0))
-            progress(0.3 * number / len(newest), f"reading annotations ({len(self.annotation_ids)})")
+            progress(0.3 * number / len(chosen), f"reading annotations ({len(self.annotation_ids)})")
             regions = [(labels[r.label], r.polygon) for r in read.regions if r.label in labels]
             yield Example(image_rgb=image.rgb, regions=regions, place=place_of(tile, task), gsd_m=tile.gsd_m)
 

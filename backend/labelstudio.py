@@ -838,16 +838,25 @@ def chosen_annotations(task: Mapping[str, Any], *, which: str = "ground_truth") 
         raise BadRequest(f"annotations must be one of {', '.join(WHICH_ANNOTATIONS)}, got {which!r:.40}")
     annotations = task.get("annotations") or []
     submitted = [item for item in annotations if isinstance(item, Mapping) and not item.get("was_cancelled")]
-
-    def age(item: Mapping[str, Any]) -> tuple[str, float]:
-        # One server writes all time stamps in one format, so that their text sorts as they do.
-        return str(item.get("updated_at") or item.get("created_at") or ""), _finite(item.get("id")) or 0.0
-
     submitted.sort(key=age)
     if which == "all":
         return submitted
     truths = [item for item in submitted if item.get("ground_truth")] if which == "ground_truth" else []
     return (truths or submitted)[-1:]
+
+
+def age(annotation: Mapping[str, Any]) -> tuple[str, float]:
+    """Something that is greater for an annotation that was saved later."""
+    # One server writes all time stamps in one format, so that their text sorts as they do.
+    saved = annotation.get("updated_at") or annotation.get("created_at") or ""
+    return str(saved), _finite(annotation.get("id")) or 0.0
+
+
+def labels_of(annotation: Mapping[str, Any]) -> set[str]:
+    """The labels that an annotation uses, whatever they are on."""
+    results = annotation.get("result")
+    listed = results if isinstance(results, list) else []
+    return {name for result in listed if isinstance(result, Mapping) for name in _labels_in(result)}
 
 
 _SHAPES = {

@@ -2,6 +2,7 @@
 
     python benchmarks/sam.py [--only encode masks clicks everything] [--checkpoint sam_vit_b_01ec64.pth]
                              [--network vit_b] [--points 16] [--repeats 3] [--everything-repeats 1]
+                             [--dtype float32]
 
 Without a checkpoint the weights are random (seeded); sizes and work are those of the real ones, and masks are compared
 pixel by pixel, so that shortcuts which change the answer would show. The two sides take turns in one process, with as
@@ -71,9 +72,15 @@ def main() -> None:
     parser.add_argument("--everything-repeats", type=int, default=1, help="of everything: a minute or more each")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="what our encoder computes in; if not given: its own choice",
+    )
     arguments = parser.parse_args()
     network = network_of(arguments.checkpoint, arguments.network).to(arguments.device)
-    segmenter = sam.SamSegmenter(network, "bench", device=arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    segmenter = sam.SamSegmenter(network, "bench", device=arguments.device, dtype=dtype)
     image = picture(*arguments.size)
     measured = {"device": arguments.device, "dtype": str(segmenter._dtype), "threads": torch.get_num_threads()}
     package_s = None

@@ -146,15 +146,20 @@ def test_what_cannot_be_read_is_noted_and_the_rest_is_learned_from(settings: Set
     assert "task 1" in Problems(settings.data_dir).recent()[0].where
 
 
-def test_of_too_many_tiles_the_newest_are_learned_from(settings: Settings, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fit, "MAX_TILES", 2)
+def test_of_too_many_tiles_some_with_every_label_are_learned_from_whenever_they_were_saved(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fit, "MAX_TILES", 4)
     gathered = fit.Gathered()
-    tasks, labels = [annotated(number) for number in range(4)], {"House": "building"}
+    empty = [annotated(number, updated_at=f"2026-01-02T00:00:{number:02}Z", result=[]) for number in range(1, 30)]
+    tasks = [annotated(0, updated_at="2026-01-01T00:00:00Z"), *empty]
     images, problems = ImageStore(settings, None), Problems(settings.data_dir)
-    examples = list(gathered.examples(tasks, CONFIG, labels, images, problems, lambda done, message: None))
-    assert gathered.annotation_ids == [102, 103]
-    assert [len(example.regions) for example in examples] == [1, 1]
-    assert gathered.left_out["tiles older than the newest 2"] == 2
+    examples = list(
+        gathered.examples(tasks, CONFIG, {"House": "building"}, images, problems, lambda done, message: None)
+    )
+    assert [len(example.regions) for example in examples] == [1, 0, 0, 0]
+    assert {100, 128, 129} < set(gathered.annotation_ids)
+    assert gathered.left_out["tiles beyond the 4 that one training takes"] == 26
 
 
 def test_nothing_to_learn_from_is_said(settings: Settings):
