@@ -61,7 +61,7 @@ def title_backends(label_studio: LabelStudio, project_id: int, *, pause_s: float
         for one in wrong:
             label_studio.update_backend(int(one["id"]), title=one["model_version"], description=TITLE)
             changed.append(str(one["model_version"]))
-            log.info("the backend of project %d has the title %s now", project_id, one["model_version"])
+            log.debug("the backend of project %d has the title %s now", project_id, one["model_version"])
     return changed
 
 

@@ -218,7 +218,7 @@ class Jobs:
 
     def tend(self, stop: threading.Event) -> None:
         """Until ``stop``: begin what is asked and nobody is at work on. One of all server processes does, at a time."""
-        lock, is_first_look = FileLock(self._folder / "tend.lock"), True
+        lock, is_first_look, told = FileLock(self._folder / "tend.lock"), True, ""
         while not stop.wait(_TEND_EVERY_S):
             try:
                 if not self._database.is_shared and not self._folder.is_dir():
@@ -227,11 +227,13 @@ class Jobs:
                 if not lock.is_locked:
                     lock.acquire(timeout=0)
                 self._begin_due(is_first_look=is_first_look)
-                is_first_look = False
+                is_first_look, told = False, ""
             except Timeout:
                 continue
             except (OSError, DatabaseError) as error:
-                log.warning("training that is asked for cannot be begun: %s", error)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("training that is asked for cannot be begun: %s", error)
         lock.release(force=True)
 
     def work(self, project: str, train: Train) -> None:

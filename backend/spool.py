@@ -27,7 +27,11 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         """The file lies on the disk of that folder."""
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            error.filename = str(folder)  # not the name of a file that nobody has seen
+            raise
         self._ends = array("q", [0])
 
     def __len__(self) -> int:

@@ -244,7 +244,11 @@ def _endpoint(text: str) -> tuple[str | None, str | None]:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write what takes its name when all of it is written; nothing is left of what failed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=".part")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=".part")
+    except OSError as error:
+        error.filename = str(path)  # what the person asked for, not a name that they never saw
+        raise
     os.close(handle)
     try:
         yield Path(name)

@@ -86,6 +86,8 @@ def test_a_scene_without_a_crs_is_refused_with_the_way_out(tmp_path: Path):
         (("serve",), {"DEVICE": "gpu"}, 1, "DEVICE: String should match"),
         (("ingest", "."), {}, 1, ". is a folder; name the rasters in it"),
         (("ingest", "none.tif", "--out", "file"), {}, 1, "file: File exists; a folder is wanted there"),
+        (("push", "one.json", "--storage", "file"), {}, 1, "error: file/"),
+        (("export", "--annotations", "one.json", "--out", "/proc/town.geojson"), {}, 1, "error: /proc: "),
         (("predict", "tasks.json", "--out", "."), {}, 1, "--out . is a folder; name a file"),
         (("predict", "tasks.json", "--out", "p.json", "--config", "bad.xml"), {}, 1, "bad.xml"),
         (("push", "tasks.json", "--project", " "), {}, 1, "--project must be a title, got ' '"),
@@ -97,6 +99,7 @@ def test_wrong_use_and_failure_have_their_own_codes_and_a_sentence(
     tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], code: int, words: str
 ):
     (tmp_path / "tasks.json").write_text("[]")
+    (tmp_path / "one.json").write_text('[{"id": 1, "data": {"image": "a.jpg"}, "annotations": []}]')
     (tmp_path / "file").write_text("")
     there = set(tmp_path.iterdir())
     done = run(*arguments, folder=tmp_path, **environment)

@@ -346,6 +346,23 @@ def test_of_several_servers_one_begins_what_is_asked_and_another_goes_on_when_it
     threads[1 - first].join(5)
 
 
+def test_trouble_that_stays_is_told_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(desk, "_TEND_EVERY_S", 0.01)
+    jobs.start("1.5")
+    stop, looks = threading.Event(), iter(["disk full"] * 5 + ["", "", "disk full", "disk full"])
+
+    def begin_due(*, is_first_look: bool) -> None:
+        trouble = next(looks, None)
+        if trouble is None:
+            stop.set()
+        if trouble:
+            raise OSError(trouble)
+
+    monkeypatch.setattr(jobs, "_begin_due", begin_due)
+    jobs.tend(stop)
+    assert caplog.text.count("cannot be begun: disk full") == 2
+
+
 def test_what_is_asked_outlives_a_change_of_its_record(jobs: Jobs, tmp_path: Path):
     jobs.changed("1.5", 2)
     path = tmp_path / "jobs" / "1.5.ask.json"
