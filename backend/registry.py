@@ -280,7 +280,7 @@ class Registry:
         else:
             for tag, value in noted.items():
                 self._client.set_model_version_tag(model_name, number, tag, value)
-        self._client.set_registered_model_alias(model_name, CHAMPION if promote else CHALLENGER, number)
+        self._aim(model_name, CHAMPION if promote else CHALLENGER, number)
         self._client.delete_model_version_tag(model_name, number, PENDING)
         log.info("published %s for project %s as %s", name, project, CHAMPION if promote else CHALLENGER)
         return self.get(project, name)
@@ -314,14 +314,27 @@ class Registry:
         self.obtain(version)
         version.check()
         model_name = _model_name(project)
-        self._client.set_registered_model_alias(model_name, CHAMPION, str(version.number))
+        self._aim(model_name, CHAMPION, str(version.number))
         if str(next(self._models(f"= '{model_name}'")).aliases.get(CHALLENGER)) == str(version.number):
             self._client.delete_registered_model_alias(model_name, CHALLENGER)
         return self.get(project, name)
 
     def deactivate(self, project: str) -> None:
         """Go back to the shipped weights; all versions stay."""
-        self._client.delete_registered_model_alias(_model_name(project), CHAMPION)
+        self._aim(_model_name(project), CHAMPION, None)
+
+    def _aim(self, model_name: str, alias: str, number: str | None) -> None:
+        """Have an alias point to a version, or to none. The one that it leaves is still seen.
+
+        A process that was killed once its version was live has not taken the mark off that hides versions.
+        """
+        left = next((model.aliases.get(alias) for model in self._models(f"= '{model_name}'")), None)
+        if left is not None and str(left) != number:
+            self._client.delete_model_version_tag(model_name, str(left), PENDING)
+        if number is not None:
+            self._client.set_registered_model_alias(model_name, alias, number)
+        elif left is not None:
+            self._client.delete_registered_model_alias(model_name, alias)
 
     def rollback(self, project: str) -> str:
         """Make the version before the live one live; its name, or an empty text where the shipped weights are live now.

@@ -292,6 +292,34 @@ def test_a_killed_publisher_leaves_the_version_before_it_live(settings: Settings
     assert [(v.name, v.is_champion) for v in registry.versions("13.5")] == [("j-2", True), ("j-1", False)]
 
 
+@pytest.mark.parametrize("way", ["another is published", "another is made live", "the way back"])
+def test_a_version_whose_publisher_died_once_it_was_live_is_still_seen_when_it_is_no_longer(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+):
+    registry, project = Registry(settings), f"14.{ord(way[-1])}"
+    delete_tag = registry._client.delete_model_version_tag
+
+    def end(model: str, number: str, tag: str) -> None:
+        if number == "2":
+            raise KeyboardInterrupt
+        delete_tag(model, number, tag)
+
+    publish(registry, project, "q-1", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(registry._client, "delete_model_version_tag", end)
+        with pytest.raises(KeyboardInterrupt):
+            publish(registry, project, "q-2", tmp_path, parent="base")
+    assert registry.champions()[project].name == "q-2"
+    if way == "another is published":
+        publish(registry, project, "q-3", tmp_path)
+    elif way == "another is made live":
+        registry.activate(project, "q-1")
+    else:
+        registry.rollback(project)
+    assert {version.name: version.is_champion for version in registry.versions(project)}["q-2"] is False
+    assert registry.activate(project, "q-2").is_champion
+
+
 def test_a_full_disk_leaves_no_half_version(
     settings: Settings, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
