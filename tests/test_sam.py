@@ -84,7 +84,9 @@ def checkpoint(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def segmenter(checkpoint: Path) -> SamSegmenter:
-    return SamSegmenter.load(checkpoint, name="sam_small")
+    with pytest.MonkeyPatch.context() as patch:  # a processor that is faster with bfloat16 would be given that
+        patch.setattr(sam, "fitting_dtype", lambda device: torch.float32)
+        return SamSegmenter.load(checkpoint, name="sam_small")
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -152,6 +154,13 @@ def test_bfloat16_draws_nearly_the_same_masks(network: Any, segmenter: SamSegmen
     prompts = clicks((50, 50, True))
     one, other = (s.segment(s.embed(image), prompts).probabilities[0] > 0.5 for s in (segmenter, half))
     assert (one & other).sum() >= 0.9 * (one | other).sum()
+
+
+@pytest.mark.parametrize("able", [{}, {"avx512_f": True}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_bfloat16_is_for_processors_that_multiply_it(able: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    is_made_for_it = any("bf16" in name for name in able)
+    assert sam.fitting_dtype(torch.device("cpu")) is (torch.bfloat16 if is_made_for_it else torch.float32)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (100, 60), (37, 90), (256, 256)])
