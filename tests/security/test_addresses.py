@@ -359,7 +359,9 @@ def test_storage_addresses_of_nonsense_tasks_ask_nothing_else(
     answer = backend.predict(f"{scheme}://bucket/a.png", id=task_id)
     assert answer.status in (400, 403, 422), answer.body
     for asked in studio.asked[before:]:
-        assert asked.path.startswith("/tasks/")
+        # Beside all requests the backend looks by itself whether the project still lists it.
+        is_upkeep = (asked.method, asked.target) == ("GET", "/api/ml?project=3")
+        assert is_upkeep or asked.path.startswith("/tasks/")
         assert asked.path.endswith("/resolve/")
         uri = asked.target.partition("fileuri=")[2].replace("%3D", "=")
         assert base64.urlsafe_b64decode(uri).startswith(f"{scheme}://".encode())
